@@ -1,0 +1,1 @@
+"""Depth compression of transformer language models."""

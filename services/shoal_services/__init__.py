@@ -1,0 +1,1 @@
+"""Shoal on a Ray cluster: search, tracking, reports, the command line."""
