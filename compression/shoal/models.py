@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal import modeling_shoal
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ALIASES = ("smollm2-135m", "tiny-random")
@@ -52,6 +55,8 @@ def load_model(
     torch_dtype = DTYPES[dtype] if dtype else choose_dtype(device)
     folder, extra = _locate(name, revision)
     try:
+        if class_name := _find_shoal_class(Path(folder)):
+            return getattr(modeling_shoal, class_name).from_pretrained(folder, dtype=torch_dtype).to(device).eval()
         config = AutoConfig.from_pretrained(folder, **{k: v for k, v in extra.items() if k != "quantization_config"})
         if config.is_encoder_decoder:
             raise ValueError(f"{name!r} is an encoder-decoder model ({config.model_type}); Shoal needs a causal decoder")
@@ -65,10 +70,22 @@ def load_model(
     return model
 
 
+def _find_shoal_class(folder: Path) -> str | None:
+    """The class of a compressed model that holds linear blocks; None for stock models."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        return None
+    config = json.loads(config_file.read_text())
+    return config["architectures"][0] if "linear_blocks" in config else None
+
+
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that comes with model `name`."""
     folder, extra = _locate(name, revision)
     extra.pop("quantization_config", None)
+    if class_name := _find_shoal_class(Path(folder)):
+        # With the configuration given, nothing asks whether to run the folder's code.
+        extra["config"] = getattr(modeling_shoal, class_name).config_class.from_pretrained(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, **extra)
     except (OSError, ValueError, KeyError, ImportError) as error:

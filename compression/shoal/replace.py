@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -63,6 +68,39 @@ class Replacement:
     blocks: tuple[int, ...]
     maps: dict[int, AffineMap] = field(default_factory=dict)
     down_proj: dict[int, Tensor] = field(default_factory=dict)
+
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file, aside and renamed."""
+        tensors = {f"down_proj.{block}": weight for block, weight in self.down_proj.items()}
+        for block, affine in self.maps.items():
+            parts = affine.update if isinstance(affine.update, tuple) else (affine.update,)
+            tensors |= {f"map.{block}.update.{i}": part for i, part in enumerate(parts)}
+            tensors[f"map.{block}.bias"] = affine.bias
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        blocks = ",".join(map(str, self.blocks))
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, aside, {"blocks": blocks})
+        aside.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises ValueError if the file is not whole."""
+        try:
+            with safe_open(path, "pt") as file:
+                blocks = tuple(int(block) for block in file.metadata()["blocks"].split(",") if block)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"fitted replacement {str(path)!r} is damaged ({error}); delete the file to fit again") from error
+        replacement = cls(blocks)
+        for name, tensor in tensors.items():
+            what, block, *part = name.split(".")
+            if what == "down_proj":
+                replacement.down_proj[int(block)] = tensor
+            elif part == ["bias"]:
+                second = tensors.get(f"map.{block}.update.1")
+                first = tensors[f"map.{block}.update.0"]
+                replacement.maps[int(block)] = AffineMap(first if second is None else (first, second), tensor)
+        return replacement
 
 
 def find_runs(blocks: Iterable[int]) -> list[range]:

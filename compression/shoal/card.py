@@ -1,0 +1,81 @@
+"""The model card of a compressed model: what was done, the numbers beside the dense model's, how to load it."""
+
+from __future__ import annotations
+
+from shoal.recipe import Point
+
+
+def write_card(point: Point) -> str:
+    """The card as Markdown."""
+    recipe = point.recipe
+    stock = recipe.kind in ("folded", "dropped")
+    load = "" if stock else ", trust_remote_code=True"
+    saved = 1 - point.size.num_parameters / point.dense_size.num_parameters
+    return f"""---
+base_model: {recipe.base_model}
+tags: [shoal, depth-compression]
+---
+
+# {recipe.base_model}, {recipe.num_replaced} blocks {_describe_kind(recipe.kind)}
+
+Blocks {list(recipe.blocks or ())} of the dense model were {_describe_kind(recipe.kind)}
+({saved:.1%} fewer parameters; arXiv 2405.12250). Made by Shoal; `recipe.json` says how, `point.json` holds every number.
+
+## Numbers
+
+| | dense | this model |
+|---|---|---|
+{chr(10).join(_evaluation_rows(point))}
+| parameters | {point.dense_size.num_parameters:,} | {point.size.num_parameters:,} |
+| weights, bytes | {point.dense_size.num_bytes:,} | {point.size.num_bytes:,} |
+| KV cache, bytes per token | {point.dense_size.kv_bytes_per_token:,} | {point.size.kv_bytes_per_token:,} |
+{chr(10).join(_speed_rows(point))}
+
+± is one standard error over windows. Measured on {point.device} in {recipe.dtype}, seed {recipe.seed}.
+
+## Load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder{load})
+tokenizer = AutoTokenizer.from_pretrained(folder{load})
+```
+{"" if stock else chr(10) + "With Shoal installed, `shoal.load(folder)` loads it without running code from the folder." + chr(10)}"""
+
+
+def _describe_kind(kind: str) -> str:
+    return {
+        "linear": "replaced by affine maps",
+        "low_rank": "replaced by low-rank affine maps",
+        "folded": "folded into the blocks before them",
+        "dropped": "dropped",
+    }[kind]
+
+
+def _evaluation_rows(point: Point) -> list[str]:
+    rows = []
+    for e in point.evaluations:
+        name = f"{e.text.name} ({e.text.num_tokens:,} tokens, sha256 {(e.text.sha256 or '')[:8]})"
+        dense = f"{e.dense_perplexity:.2f} ± {e.dense_standard_error:.2f}"
+        rows.append(f"| perplexity, {name} | {dense} | {e.perplexity:.2f} ± {e.standard_error:.2f} |")
+        rows.append(f"| perplexity ratio (log ± paired) | 1 | {_ratio(e.log_ratio, e.log_ratio_standard_error)} |")
+        rows.append(f"| KL to dense, nats per token | 0 | {e.kl:.4f} ± {e.kl_standard_error:.4f} |")
+        rows.append(f"| same top token as dense | 100 % | {e.top1_agreement:.1%} |")
+    return rows
+
+
+def _ratio(log_ratio: float, error: float) -> str:
+    from math import exp
+
+    return f"{exp(log_ratio):.3f} (log {log_ratio:.4f} ± {error:.4f})"
+
+
+def _speed_rows(point: Point) -> list[str]:
+    if point.speed is None or point.dense_speed is None:
+        return []
+    dense, speed = point.dense_speed, point.speed
+    return [
+        f"| prefill, tokens/s | {dense.prefill_tokens_per_s:,.0f} | {speed.prefill_tokens_per_s:,.0f} |",
+        f"| decode, tokens/s | {dense.decode_tokens_per_s:,.1f} | {speed.decode_tokens_per_s:,.1f} |",
+    ]

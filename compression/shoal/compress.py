@@ -1,0 +1,199 @@
+"""The story, top to bottom, on one machine: load → moments → choose → fit → replace → distil → evaluate → store."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from shoal.choose import choose_blocks, make_kl_cost
+from shoal.corpus import Corpus, Texts, load_corpus
+from shoal.distill import DistillationRun, Lesson
+from shoal.evaluate import evaluate, measure_size, measure_speeds
+from shoal.fit import fit_independent
+from shoal.models import hash_weights, load_model, load_tokenizer
+from shoal.moments import Moments, measure_moments
+from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
+from shoal.replace import Replacement, apply_replacement
+from shoal.store import save, save_point
+from shoal.teacher import TeacherTargets, measure_targets
+from shoal.text import TokenWindows
+from shoal.walk import fit_in_order
+
+Listener = Callable[[str, int, int], None]
+"""Hears (stage, done, total) while long work goes on."""
+
+
+def ignore(_stage: str, _done: int, _total: int) -> None:
+    """The listener that does nothing."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What every recipe for one model and corpus shares; measured once."""
+
+    moments: Moments
+    selection: TeacherTargets
+    evaluation: tuple[TeacherTargets, ...]
+    distillation: TeacherTargets | None = None
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent, by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(self.seconds.get(stage, 0) + time.perf_counter() - start, 3)
+
+
+def compress(recipe: Recipe, folder: Path, *, texts: Texts | None = None, listen: Listener = ignore) -> Point:
+    """Makes the model that the recipe describes, writes it to `folder`, and returns the numbers that it reached.
+
+    Raises ValueError for a recipe that the model or the texts cannot fulfil, FileExistsError if `folder` is there,
+    `shoal.evaluate.Collapsed` if the result is not a working model.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{str(folder)!r} exists already; delete it or choose another folder")
+    texts, watch = texts or Texts(), Stopwatch()
+    with watch.time("load"):
+        listen("load", 0, 1)
+        model = load_model(recipe.base_model, revision=recipe.revision, dtype=recipe.dtype)
+        tokenizer = load_tokenizer(recipe.base_model, revision=recipe.revision)
+        corpus = load_corpus(texts, tokenizer, model.config, **distillation_needs(recipe))
+        recipe = name_inputs(recipe, model, corpus)
+        listen("load", 1, 1)
+    with watch.time("prepare"):
+        preparation = prepare(model, corpus, listen=listen)
+    with watch.time("fit"):
+        recipe = choose(recipe, model, corpus, preparation)
+        replacement = fit(recipe, model, corpus, preparation, listen=listen)
+        student = copy.deepcopy(model)
+        apply_replacement(student, replacement)
+    with watch.time("distil"):
+        if recipe.distillation is not None:
+            run = DistillationRun(
+                student, model, make_lesson(corpus, preparation), recipe.distillation,
+                replaced=replacement.blocks, seed=recipe.seed,
+            )  # fmt: skip
+            for metrics in run:
+                listen("distil", int(metrics["step"]), recipe.distillation.num_steps)
+            student = run.finish()
+    with watch.time("evaluate"):
+        evaluations = evaluate_all(student, corpus, preparation, listen=listen)
+        dense_speed, speed = measure_speeds([model, student])
+    with watch.time("store"):
+        save(student, tokenizer, folder, recipe=recipe)
+    sizes = measure_size(model), measure_size(student)
+    return save_point(folder, make_point(recipe, evaluations, sizes, (dense_speed, speed), watch, student))
+
+
+def distillation_needs(recipe: Recipe) -> dict[str, int]:
+    """How much distillation text the recipe needs, as arguments of `load_corpus`."""
+    settings = recipe.distillation
+    if settings is None:
+        return {}
+    return {"distillation_tokens": settings.num_tokens, "distillation_window": settings.window}
+
+
+def name_inputs(recipe: Recipe, model: PreTrainedModel, corpus: Corpus) -> Recipe:
+    """The recipe with the hashes of what it is made from."""
+    return recipe.model_copy(
+        update={
+            "weights_sha256": recipe.weights_sha256 or hash_weights(model),
+            "calibration": (describe(corpus.calibration),),
+            "distillation_text": describe(corpus.distillation) if corpus.distillation and recipe.distillation else None,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+    )
+
+
+def describe(windows: TokenWindows) -> Text:
+    """Name, hash and length of token windows."""
+    return Text(name=windows.name, sha256=windows.sha256, num_tokens=windows.num_tokens)
+
+
+def prepare(model: PreTrainedModel, corpus: Corpus, *, listen: Listener = ignore) -> Preparation:
+    """Moments, and the dense model's targets on selection and evaluation text."""
+    moments = measure_moments(
+        model, corpus.calibration, on_progress=lambda done: listen("moments", done, len(corpus.calibration))
+    )
+    texts = (corpus.selection, *corpus.evaluation)
+    targets = []
+    for index, windows in enumerate(texts):
+        listen("dense model", index, len(texts))
+        targets.append(measure_targets(model, windows))
+    listen("dense model", len(texts), len(texts))
+    return Preparation(moments, targets[0], tuple(targets[1:]))
+
+
+def choose(recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation) -> Recipe:
+    """The recipe with its blocks filled in."""
+    cost = make_kl_cost(model, preparation.moments, corpus.selection, preparation.selection, recipe)
+    blocks = choose_blocks(recipe, preparation.moments, rank_by_kl=cost)
+    return recipe.model_copy(update={"blocks": blocks})
+
+
+def fit(
+    recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation, *, listen: Listener = ignore
+) -> Replacement:
+    """The recipe's replacement in closed form."""
+    assert recipe.blocks is not None
+    if recipe.fit == "independent":
+        replacement = fit_independent(preparation.moments, recipe.blocks, ridge=recipe.ridge, rank=recipe.rank)
+        return Replacement(recipe.blocks) if recipe.kind == "dropped" else replacement
+    return fit_in_order(
+        model, recipe.blocks, corpus.calibration, kind=recipe.kind, rank=recipe.rank, ridge=recipe.ridge,
+        refit_down_proj=recipe.refit_down_proj,
+        on_progress=lambda done: listen("fit", done, preparation.moments.num_blocks),
+    )  # fmt: skip
+
+
+def make_lesson(corpus: Corpus, preparation: Preparation) -> Lesson:
+    """What a student learns from and is checked on."""
+    assert corpus.distillation is not None
+    return Lesson(corpus.distillation, preparation.distillation, corpus.selection, preparation.selection)
+
+
+def evaluate_all(
+    student: PreTrainedModel, corpus: Corpus, preparation: Preparation, *, listen: Listener = ignore
+) -> tuple[Evaluation, ...]:
+    """The student on every evaluation text, beside the dense model."""
+    results = []
+    for index, (windows, dense) in enumerate(zip(corpus.evaluation, preparation.evaluation, strict=True)):
+        listen("evaluate", index, len(corpus.evaluation))
+        results.append(evaluate(student, windows, dense))
+    listen("evaluate", len(corpus.evaluation), len(corpus.evaluation))
+    return tuple(results)
+
+
+def make_point(
+    recipe: Recipe,
+    evaluations: tuple[Evaluation, ...],
+    sizes: tuple[Size, Size],
+    speeds: tuple[Speed, Speed],
+    watch: Stopwatch,
+    model: PreTrainedModel,
+) -> Point:
+    """The numbers of a finished model; pairs are (dense, compressed)."""
+    return Point(
+        recipe=recipe,
+        evaluations=evaluations,
+        dense_size=sizes[0],
+        size=sizes[1],
+        dense_speed=speeds[0],
+        speed=speeds[1],
+        seconds=watch.seconds,
+        device=model.device.type,
+    )

@@ -1,0 +1,94 @@
+"""The texts of a run, dealt into roles that never overlap: calibration, distillation, selection, evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from shoal.recipe import Value
+from shoal.text import PACKAGED, TokenWindows, check_overlap, deal_documents, load_documents, make_windows
+
+TRAINING_ROLES = ("calibration", "distillation", "selection")
+
+
+class Texts(Value):
+    """Where the texts come from and how much of them is used; sources as in `shoal.text`.
+
+    A source named both for training and for evaluation is shared out by documents.
+    """
+
+    train: tuple[str, ...] = Field(default=(PACKAGED,), min_length=1)
+    evaluation: tuple[str, ...] = Field(default=(PACKAGED,), min_length=1)
+    calibration_tokens: int = Field(default=32_768, ge=1)
+    evaluation_tokens: int = Field(default=16_384, ge=1, description="of each evaluation text")
+    selection_tokens: int = Field(default=4_096, ge=1, description="held out from training: for choices and early stops")
+    window: int = Field(default=1024, ge=8, description="tokens per window in calibration and evaluation")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token windows by role. `distillation` is None where nothing is distilled."""
+
+    calibration: TokenWindows
+    selection: TokenWindows
+    evaluation: tuple[TokenWindows, ...]
+    distillation: TokenWindows | None = None
+
+
+def load_corpus(
+    texts: Texts,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    *,
+    distillation_tokens: int = 0,
+    distillation_window: int = 512,
+) -> Corpus:
+    """The windows of every role, checked: they fit the model's context, and evaluation text was not trained on.
+
+    Raises ValueError for a missing, empty or too short text, too long windows, or overlap.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    for window in (texts.window, distillation_window):
+        if context and window > context:
+            raise ValueError(f"window={window} is longer than the model's context of {context} tokens; choose {context} or less")
+    sources = dict.fromkeys((*texts.train, *texts.evaluation))
+    dealt = {name: _deal(name, texts) for name in sources}
+
+    def gather(role: str, names: tuple[str, ...], window: int, num_tokens: int) -> TokenWindows:
+        per_source = max(window, num_tokens // len(names))
+        parts = [
+            make_windows(dealt[name][role], tokenizer, name=name, window=window, num_tokens=per_source) for name in names
+        ]
+        return _interleave(parts)
+
+    distillation = None
+    if distillation_tokens:
+        distillation = gather("distillation", texts.train, distillation_window, distillation_tokens)
+    corpus = Corpus(
+        calibration=gather("calibration", texts.train, texts.window, texts.calibration_tokens),
+        selection=gather("selection", texts.train, distillation_window, texts.selection_tokens),
+        evaluation=tuple(gather("evaluation", (name,), texts.window, texts.evaluation_tokens) for name in texts.evaluation),
+        distillation=distillation,
+    )
+    seen = [corpus.calibration, corpus.selection, *([distillation] if distillation else [])]
+    check_overlap(seen, list(corpus.evaluation))
+    return corpus
+
+
+def _deal(source: str, texts: Texts) -> dict[str, list[str]]:
+    roles = list(TRAINING_ROLES) if source in texts.train else []
+    if source in texts.evaluation:
+        roles.append("evaluation")
+    return deal_documents(load_documents(source), roles)
+
+
+def _interleave(parts: list[TokenWindows]) -> TokenWindows:
+    """Windows of several sources in turn, so that every stretch of them holds all sources."""
+    if len(parts) == 1:
+        return parts[0]
+    length = min(len(part) for part in parts)
+    rows = torch.stack([part.ids[:length] for part in parts], dim=1).flatten(0, 1)
+    return TokenWindows(rows, " + ".join(part.name for part in parts))

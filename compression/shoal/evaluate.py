@@ -1,0 +1,148 @@
+"""A model's perplexity with its standard error, its size and its speed, each beside the dense model's."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from shoal.blocks import text_config
+from shoal.losses import find_divergence
+from shoal.recipe import Evaluation, Size, Speed, Text
+from shoal.teacher import TeacherTargets, choose_batch_size, token_losses
+from shoal.text import TokenWindows
+
+
+class Collapsed(RuntimeError):
+    """The model's loss is not finite, or so high that the model is of no use."""
+
+
+class WindowScores(NamedTuple):
+    """Means over each window's scored tokens [N]: loss in nats, divergence from the dense model, equal top token."""
+
+    nll: Tensor
+    kl: Tensor
+    agreement: Tensor
+
+
+@torch.no_grad()
+def score_windows(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    dense: TeacherTargets,
+    *,
+    on_progress: Callable[[int], None] = lambda _done: None,
+) -> WindowScores:
+    """Per-window scores of `model` against the dense model's targets on the same windows."""
+    dense.require(windows)
+    batch_size = choose_batch_size(model, windows.ids.shape[1])
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start in range(0, len(windows), batch_size):
+        rows = slice(start, start + batch_size)
+        ids = windows.ids[rows].to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits
+        top = dense.top_tokens(rows)
+        top = type(top)(top.ids.to(logits.device), top.log_probs.to(logits.device))
+        kl = find_divergence(logits[:, :-1], type(top)(top.ids[:, :-1], top.log_probs[:, :-1]))
+        agreement = (logits[:, :-1].argmax(-1) == top.ids[:, :-1, 0]).float()
+        nll = token_losses(logits, ids)
+        parts.append((nll.mean(1).cpu().double(), kl.mean(1).cpu().double(), agreement.mean(1).cpu().double()))
+        on_progress(min(start + batch_size, len(windows)))
+    return WindowScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def evaluate(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    dense: TeacherTargets,
+    *,
+    on_progress: Callable[[int], None] = lambda _done: None,
+) -> Evaluation:
+    """Perplexity over non-overlapping windows (a window's first token is not scored) beside the dense model's.
+
+    Standard errors are over windows: tokens of one window are not independent. Raises ValueError for fewer than two
+    windows, `Collapsed` if the loss is not finite.
+    """
+    if len(windows) < 2:
+        raise ValueError(f"evaluation text {windows.name!r} fills {len(windows)} window; a standard error needs 2 or more")
+    scores = score_windows(model, windows, dense, on_progress=on_progress)
+    dense_nll = dense.nll.double().mean(1)
+    if not math.isfinite(float(scores.nll.mean())) or float(scores.nll.mean()) > 700:
+        raise Collapsed(f"the loss on {windows.name!r} is {float(scores.nll.mean())}: the model is broken")
+    (nll, nll_se), (dense_mean, dense_se) = mean_and_error(scores.nll), mean_and_error(dense_nll)
+    (ratio, ratio_se), (kl, kl_se) = mean_and_error(scores.nll - dense_nll), mean_and_error(scores.kl)
+    return Evaluation(
+        text=Text(name=windows.name, sha256=windows.sha256, num_tokens=windows.num_tokens),
+        dense_perplexity=math.exp(dense_mean),
+        dense_standard_error=math.exp(dense_mean) * dense_se,
+        perplexity=math.exp(nll),
+        standard_error=math.exp(nll) * nll_se,
+        log_ratio=ratio,
+        log_ratio_standard_error=ratio_se,
+        kl=kl,
+        kl_standard_error=kl_se,
+        top1_agreement=float(scores.agreement.mean()),
+    )
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """The mean of values [N] and its standard error."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+
+@torch.no_grad()
+def measure_size(model: PreTrainedModel) -> Size:
+    """Parameters, bytes of the weights as stored, and bytes that the KV cache grows by per token."""
+    parameters = {id(p): p for p in model.parameters()}.values()
+    cache = DynamicCache(config=text_config(model))
+    ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    return Size(
+        num_parameters=sum(p.numel() for p in parameters),
+        num_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        kv_bytes_per_token=sum(tensor.numel() * tensor.element_size() for tensor in held) // 4,
+    )
+
+
+@torch.no_grad()
+def measure_speeds(models: list[PreTrainedModel], *, num_prompt: int = 256, num_new: int = 16, rounds: int = 3) -> list[Speed]:
+    """Median prefill and decode speed of each model for one sequence, in turns so that noise hits all alike."""
+    times: list[list[tuple[float, float]]] = [[] for _ in models]
+    for round_index in range(rounds + 1):
+        for model, seconds in zip(models, times, strict=True):
+            measured = _time_generation(model, num_prompt, num_new)
+            if round_index:  # the first round warms up
+                seconds.append(measured)
+    return [
+        Speed(
+            prefill_tokens_per_s=num_prompt / statistics.median(prefill for prefill, _ in seconds),
+            decode_tokens_per_s=num_new / statistics.median(decode for _, decode in seconds),
+        )
+        for seconds in times
+    ]
+
+
+def _time_generation(model: PreTrainedModel, num_prompt: int, num_new: int) -> tuple[float, float]:
+    """Seconds for the prompt, and for `num_new` tokens after it."""
+    cache = DynamicCache(config=text_config(model))
+    ids = torch.arange(num_prompt, device=model.device)[None] % text_config(model).vocab_size
+    start = time.perf_counter()
+    token = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+    _wait(model)
+    prefilled = time.perf_counter()
+    for _ in range(num_new):
+        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+    _wait(model)
+    return prefilled - start, time.perf_counter() - prefilled
+
+
+def _wait(model: PreTrainedModel) -> None:
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)

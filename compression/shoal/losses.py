@@ -1,0 +1,79 @@
+"""Distillation losses. Each is a mean over tokens; B batch, T time, V vocabulary, K top tokens of the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shoal.recipe import LossWeights
+
+
+class TopTokens(NamedTuple):
+    """The teacher's distribution at one temperature over its K top tokens; what is left is one bucket.
+
+    `ids` [..., K] token ids, `log_probs` [..., K] in nats.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+
+
+def find_divergence(student_logits: Tensor, teacher: TopTokens, temperature: float = 1.0) -> Tensor:
+    """KL(teacher ‖ student) in nats per token [...], at the given temperature, for logits [..., V].
+
+    Over the teacher's top tokens and one bucket for all others: a lower bound of the divergence over the whole
+    vocabulary, and close to it because the bucket holds little.
+    """
+    logits = student_logits.float() / temperature
+    log_q = logits.gather(-1, teacher.ids) - logits.logsumexp(-1, keepdim=True)
+    log_p = teacher.log_probs
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    rest_p = _log_rest(log_p)
+    return kl + rest_p.exp() * (rest_p - _log_rest(log_q))
+
+
+def _log_rest(log_probs: Tensor) -> Tensor:
+    """log(1 − Σ p), kept finite where the top tokens hold all."""
+    return torch.log1p(-log_probs.exp().sum(-1).clamp(max=1 - 1e-6))
+
+
+def layer_mse(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean squared error of the streams, summed over layers (arXiv 2405.12250 §5)."""
+    return torch.stack([functional.mse_loss(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)]).sum()
+
+
+def square_head(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean squared error relative to the teacher's energy, mean over layers (SquareHead, arXiv 2310.06927)."""
+    ratios = [
+        functional.mse_loss(s.float(), t.float()) / (t.float().square().mean() + 1e-6)
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(ratios).mean()
+
+
+def cosine_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """1 − cosine between the streams of each token, mean over tokens and layers."""
+    distances = [
+        1 - functional.cosine_similarity(s.float(), t.float(), dim=-1).mean() for s, t in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(distances).mean()
+
+
+def mix_losses(
+    weights: LossWeights, *, divergence: Tensor | None, student: Sequence[Tensor], teacher: Sequence[Tensor]
+) -> Tensor:
+    """The weighted sum of the losses whose weight is not 0."""
+    terms = []
+    if weights.logit_kl and divergence is not None:
+        terms.append(weights.logit_kl * divergence)
+    if weights.layer_mse:
+        terms.append(weights.layer_mse * layer_mse(student, teacher))
+    if weights.square_head:
+        terms.append(weights.square_head * square_head(student, teacher))
+    if weights.cosine:
+        terms.append(weights.cosine * cosine_distance(student, teacher))
+    return torch.stack(terms).sum()

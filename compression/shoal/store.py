@@ -1,0 +1,90 @@
+"""A compressed model as a folder that loads everywhere, with the recipe that made it and the numbers it reached.
+
+    config.json  model*.safetensors  tokenizer files  recipe.json  point.json  README.md  [modeling_shoal.py]
+
+Folded and dropped kinds are stock checkpoints. Linear kinds bring `modeling_shoal.py`, so that
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where Shoal is not installed;
+`shoal.load(folder)` never runs code from the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal import modeling_shoal
+from shoal.blocks import text_config
+from shoal.card import write_card
+from shoal.recipe import Point, Recipe
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, recipe: Recipe) -> None:
+    """Writes the model's folder, aside and renamed last: a reader never sees half a model.
+
+    Raises FileExistsError if the folder is there already, OSError if it cannot be written (nothing is left behind).
+    """
+    if folder.exists():
+        raise FileExistsError(f"{str(folder)!r} exists already; delete it or choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if getattr(text_config(model), "linear_blocks", None):
+            _name_remote_code(aside, model)
+        (aside / "recipe.json").write_text(recipe.model_dump_json(indent=2))
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _name_remote_code(folder: Path, model: PreTrainedModel) -> None:
+    """A model type of its own: a loader that does not know the maps refuses, instead of loading without them."""
+    config = json.loads((folder / "config.json").read_text())
+    model_class, config_class = (f"Shoal{type(part).__name__.removeprefix('Shoal')}" for part in (model, model.config))
+    config["model_type"] = f"shoal-{model.config.model_type.removeprefix('shoal-')}"
+    config["architectures"] = [model_class]
+    config["auto_map"] = {
+        "AutoConfig": f"modeling_shoal.{config_class}",
+        "AutoModelForCausalLM": f"modeling_shoal.{model_class}",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    shutil.copy(modeling_shoal.__file__, folder / "modeling_shoal.py")
+
+
+def save_point(folder: Path, point: Point) -> Point:
+    """Puts the numbers and the model card beside the weights; returns the point with folder and hash filled in."""
+    point = point.model_copy(update={"artefact": str(folder), "artefact_sha256": hash_folder(folder)})
+    write_atomically(folder / "README.md", write_card(point))
+    write_atomically(folder / "point.json", point.model_dump_json(indent=2))
+    return point
+
+
+def load_point(folder: Path) -> Point:
+    """The numbers of a compressed model's folder. Raises ValueError if they are missing or damaged."""
+    try:
+        return Point.model_validate_json((folder / "point.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(folder)!r} is not a whole compressed model folder: point.json: {error}") from error
+
+
+def hash_folder(folder: Path) -> str:
+    """SHA-256 over the weight files: what a pointer to the folder can be checked against."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(path.name.encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file's text in one step."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.rename(path)
