@@ -178,7 +178,7 @@ def find_down_proj(block: nn.Module, hidden_size: int) -> nn.Linear | Conv1D | N
         for name, module in block.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and "att" not in name and width_out(module) == hidden_size != width_in(module)
     ]
-    normed = any("post_feedforward" in name or "post_mlp" in name for name, _ in block.named_modules())
+    normed = any(name.startswith(("post_feedforward", "post_mlp")) and "norm" in name for name, _ in block.named_modules())
     return candidates[0] if len(candidates) == 1 and not normed else None
 
 

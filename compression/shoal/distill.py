@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 
 from shoal.blocks import find_blocks, watch_boundaries
 from shoal.evaluate import Collapsed, score_windows
-from shoal.losses import TopTokens, find_divergence, mix_losses
+from shoal.losses import TopTokens, find_divergence, mix_losses, pick_log_probs
 from shoal.modeling_shoal import LinearBlock
 from shoal.recipe import Distillation
-from shoal.teacher import TeacherTargets, measure_targets, summarize_logits
+from shoal.teacher import TeacherTargets, find_normalizer, measure_targets
 from shoal.text import TokenWindows
 
 NUM_CHECKS = 8
@@ -190,13 +190,13 @@ class DistillationRun:
         temperature = self.settings.temperature
         if teacher_logits is None:
             assert self.lesson.targets is not None
-            top = self.lesson.targets.top_tokens(rows, temperature)
-            top = TopTokens(top.ids.to(logits.device), top.log_probs.to(logits.device))
+            top = self.lesson.targets.top_tokens(rows, logits.device, temperature)
         else:
-            summary, (normalizer,) = summarize_logits(teacher_logits, NUM_TOP, (temperature,))
-            top = TopTokens(summary.indices, summary.values.float() / temperature - normalizer[..., None])
+            values, ids = teacher_logits.topk(min(NUM_TOP, teacher_logits.shape[-1]))
+            normalizer, _ = find_normalizer(teacher_logits, temperature)
+            top = TopTokens(ids, values.float() / temperature - normalizer[..., None])
         # Squared, so that the gradient keeps its size at every temperature (Hinton et al. 2015).
-        return find_divergence(logits, top, temperature).mean() * temperature**2
+        return find_divergence(pick_log_probs(logits, top.ids, temperature), top).mean() * temperature**2
 
     @torch.no_grad()
     def _ask_teacher(self, ids: Tensor) -> tuple[list[Tensor], Tensor | None]:

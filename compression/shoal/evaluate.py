@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from shoal.blocks import text_config
 from shoal.losses import find_divergence
 from shoal.recipe import Evaluation, Size, Speed, Text
-from shoal.teacher import TeacherTargets, choose_batch_size, token_losses
+from shoal.teacher import TeacherTargets, choose_batch_size, find_normalizer, token_losses
 from shoal.text import TokenWindows
 
 
@@ -47,11 +47,13 @@ def score_windows(
         rows = slice(start, start + batch_size)
         ids = windows.ids[rows].to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits
-        top = dense.top_tokens(rows)
-        top = type(top)(top.ids.to(logits.device), top.log_probs.to(logits.device))
-        kl = find_divergence(logits[:, :-1], type(top)(top.ids[:, :-1], top.log_probs[:, :-1]))
-        agreement = (logits[:, :-1].argmax(-1) == top.ids[:, :-1, 0]).float()
-        nll = token_losses(logits, ids)
+        normalizer, top_ids = find_normalizer(logits)
+        top = dense.top_tokens(rows, logits.device)
+        # The last position predicts a token beyond the window: it is not scored.
+        log_probs = logits.gather(-1, top.ids).float() - normalizer[..., None]
+        kl = find_divergence(log_probs, top)[:, :-1]
+        agreement = (top_ids == top.ids[..., 0])[:, :-1].float()
+        nll = token_losses(logits, normalizer, ids)
         parts.append((nll.mean(1).cpu().double(), kl.mean(1).cpu().double(), agreement.mean(1).cpu().double()))
         on_progress(min(start + batch_size, len(windows)))
     return WindowScores(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -22,18 +22,22 @@ class TopTokens(NamedTuple):
     log_probs: Tensor
 
 
-def find_divergence(student_logits: Tensor, teacher: TopTokens, temperature: float = 1.0) -> Tensor:
-    """KL(teacher ‖ student) in nats per token [...], at the given temperature, for logits [..., V].
+def find_divergence(log_probs: Tensor, teacher: TopTokens) -> Tensor:
+    """KL(teacher ‖ student) in nats per token [...] for the student's log probabilities [..., K] of the same tokens.
 
     Over the teacher's top tokens and one bucket for all others: a lower bound of the divergence over the whole
     vocabulary, and close to it because the bucket holds little.
     """
-    logits = student_logits.float() / temperature
-    log_q = logits.gather(-1, teacher.ids) - logits.logsumexp(-1, keepdim=True)
     log_p = teacher.log_probs
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    kl = (log_p.exp() * (log_p - log_probs)).sum(-1)
     rest_p = _log_rest(log_p)
-    return kl + rest_p.exp() * (rest_p - _log_rest(log_q))
+    return kl + rest_p.exp() * (rest_p - _log_rest(log_probs))
+
+
+def pick_log_probs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log probabilities [..., K] of tokens `ids` [..., K] under logits [..., V] at a temperature; differentiable."""
+    scaled = logits.float() / temperature
+    return scaled.gather(-1, ids) - scaled.logsumexp(-1, keepdim=True)
 
 
 def _log_rest(log_probs: Tensor) -> Tensor:

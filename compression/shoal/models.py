@@ -55,19 +55,26 @@ def load_model(
     torch_dtype = DTYPES[dtype] if dtype else choose_dtype(device)
     folder, extra = _locate(name, revision)
     try:
-        if class_name := _find_shoal_class(Path(folder)):
-            return getattr(modeling_shoal, class_name).from_pretrained(folder, dtype=torch_dtype).to(device).eval()
-        config = AutoConfig.from_pretrained(folder, **{k: v for k, v in extra.items() if k != "quantization_config"})
-        if config.is_encoder_decoder:
-            raise ValueError(f"{name!r} is an encoder-decoder model ({config.model_type}); Shoal needs a causal decoder")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, **extra)
+        model, report = _read_weights(folder, extra, torch_dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        if "Shoal" in str(error):
-            raise
         raise ValueError(f"cannot load model {name!r}: {_explain(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"cannot load model {name!r}: its files lack {len(missing)} weights, {missing[0]!r} for one")
     model = model.to(device).eval()
     _require_causal(model, name)
     return model
+
+
+def _read_weights(folder: str, extra: dict, dtype: torch.dtype) -> tuple[PreTrainedModel, dict]:
+    """The model, and transformers' report of what its files lack."""
+    arguments = {"dtype": dtype, "output_loading_info": True, **extra}
+    if class_name := _find_shoal_class(Path(folder)):
+        return getattr(modeling_shoal, class_name).from_pretrained(folder, **arguments)
+    config = AutoConfig.from_pretrained(folder, **{k: v for k, v in extra.items() if k != "quantization_config"})
+    if config.is_encoder_decoder:
+        raise ValueError(f"it is an encoder-decoder model ({config.model_type}); Shoal needs a causal decoder")
+    return AutoModelForCausalLM.from_pretrained(folder, **arguments)
 
 
 def _find_shoal_class(folder: Path) -> str | None:

@@ -33,9 +33,11 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        model.save_pretrained(aside)
+        holds_maps = bool(getattr(text_config(model), "linear_blocks", None))
+        # Transformers renames some weights of its own classes on the way in and out, but not those of other classes.
+        model.save_pretrained(aside, save_original_format=not holds_maps)
         tokenizer.save_pretrained(aside)
-        if getattr(text_config(model), "linear_blocks", None):
+        if holds_maps:
             _name_remote_code(aside, model)
         (aside / "recipe.json").write_text(recipe.model_dump_json(indent=2))
         aside.rename(folder)

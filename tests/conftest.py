@@ -1,0 +1,77 @@
+"""Tiny random models of every family, tiny texts, and one local Ray for the whole run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from shoal.text import TokenWindows
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+
+COMMON = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GPT = {"vocab_size": 128, "n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("Llama", {**COMMON, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {**COMMON, "sliding_window": 8}),
+    "qwen3": ("Qwen3", {**COMMON, "head_dim": 8, "use_sliding_window": True, "sliding_window": 8, "layer_types": MIXED}),
+    "gemma": ("Gemma", {**COMMON, "head_dim": 8}),
+    "gemma2": ("Gemma2", {**COMMON, "head_dim": 8, "sliding_window": 8, "layer_types": MIXED}),
+    "gemma3": ("Gemma3", {**COMMON, "head_dim": 8, "sliding_window": 8, "layer_types": MIXED}),
+    "phi3": ("Phi3", COMMON),
+    "gpt2": ("GPT2", GPT),
+    "gpt_neox": ("GPTNeoX", COMMON),
+    "gptj": ("GPTJ", {**GPT, "rotary_dim": 4}),
+    "opt": ("OPT", {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "bloom": ("Bloom", {"vocab_size": 128, "hidden_size": 32, "n_layer": 5, "n_head": 4}),
+    "falcon": ("Falcon", {**COMMON, "parallel_attn": True, "new_decoder_architecture": False}),
+}
+
+
+def make_model(family: str, *, seed: int = 0) -> transformers.PreTrainedModel:
+    """A random model of 5 blocks and 32 dimensions, float32, on the CPU."""
+    prefix, arguments = FAMILIES[family]
+    config_class = getattr(transformers, f"{prefix}TextConfig", None) or getattr(transformers, f"{prefix}Config")
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**arguments))
+    # Random weights of .02 leave every block close to the identity: larger ones make them matter.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in name and "wte" not in name:
+                parameter.mul_(6)
+    return model.eval()
+
+
+def make_ids(num_windows: int, window: int, *, vocab_size: int = 128, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, vocab_size, (num_windows, window), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> transformers.PreTrainedModel:
+    """A tiny random model, of each family in turn."""
+    return make_model(request.param)
+
+
+@pytest.fixture
+def llama() -> transformers.PreTrainedModel:
+    return make_model("llama")
+
+
+@pytest.fixture(scope="session")
+def windows() -> TokenWindows:
+    """64 windows of 32 random tokens."""
+    return TokenWindows(make_ids(64, 32), "random")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return Path(__file__).parents[1]

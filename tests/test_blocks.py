@@ -1,0 +1,108 @@
+"""Blocks are found, watched, run alone and dropped in every family."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from conftest import make_ids
+from shoal.blocks import drop_blocks, embed, find_blocks, find_down_proj, record_calls, text_config, watch_boundaries
+
+
+def test_blocks_are_found(model):
+    blocks = find_blocks(model)
+    assert len(blocks) == 5
+    assert sum(p.numel() for p in blocks.parameters()) > 5 * 32 * 32
+
+
+def test_boundaries_are_the_hidden_states(model):
+    ids, seen = make_ids(2, 16), {}
+    with torch.no_grad(), watch_boundaries(model, seen.__setitem__):
+        hidden_states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert sorted(seen) == list(range(6))
+    for boundary in range(5):
+        torch.testing.assert_close(seen[boundary], hidden_states[boundary])
+    # The last hidden state is after the final norm: not the block's output.
+    assert not torch.allclose(seen[5], hidden_states[5])
+
+
+def test_running_recorded_calls_block_by_block_is_the_forward_pass(model):
+    ids, seen = make_ids(2, 16), {}
+    with torch.no_grad():
+        with watch_boundaries(model, seen.__setitem__):
+            model(input_ids=ids)
+        _, calls = record_calls(model, make_ids(2, 16, seed=1))
+        stream = embed(model, ids)
+        torch.testing.assert_close(stream, seen[0])
+        for index, block in enumerate(find_blocks(model)):
+            stream = calls[index].run(block, stream)
+            torch.testing.assert_close(stream, seen[index + 1])
+
+
+def test_dropping_nothing_changes_nothing(model):
+    ids = make_ids(2, 16)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        drop_blocks(model, [])
+        torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
+
+
+def test_dropped_model_is_a_stock_model_of_fewer_blocks(model, tmp_path):
+    """Cache indices and per-layer lists agree: it generates alike with and without cache, and after a reload."""
+    ids = make_ids(2, 12)
+    types = getattr(text_config(model), "layer_types", None)
+    drop_blocks(model, [0, 2])
+    if types:
+        assert text_config(model).layer_types == [types[1], types[3], types[4]]
+    model.save_pretrained(tmp_path)
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        torch.testing.assert_close(reloaded(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-5)
+    assert same_with_and_without_cache(model, ids)
+
+
+def same_with_and_without_cache(model, ids) -> bool:
+    """Greedy, and logits step by step: a constant token would be equal whatever the cache holds."""
+    arguments = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    arguments |= {"eos_token_id": None, "pad_token_id": 0}
+    cached, plain = (model.generate(ids, use_cache=use, **arguments) for use in (True, False))
+    for with_cache, without in zip(cached.logits, plain.logits, strict=True):
+        torch.testing.assert_close(with_cache, without, rtol=1e-4, atol=1e-4)
+    return bool(torch.equal(cached.sequences, plain.sequences))
+
+
+@pytest.mark.parametrize(("dropped", "message"), [([5], "blocks 0 to 4"), ([-1], "do not exist"), (range(5), "4 or fewer")])
+def test_impossible_drops_are_refused(llama, dropped, message):
+    with pytest.raises(ValueError, match=message):
+        drop_blocks(llama, dropped)
+    assert len(find_blocks(llama)) == 5
+
+
+def test_model_without_decoder_stack_is_refused():
+    config = transformers.AlbertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, embedding_size=8
+    )
+    with pytest.raises(ValueError, match="no list of 3 decoder blocks"):
+        find_blocks(transformers.AlbertModel(config))
+
+
+def test_down_proj_adds_to_the_stream_where_it_is_found(model):
+    """What find_down_proj returns is exactly what the block adds: a changed output moves the stream by the change."""
+    block = find_blocks(model)[2]
+    projection = find_down_proj(block, 32)
+    assert (projection is None) == (type(model).__name__ in ("Gemma2ForCausalLM", "Gemma3ForCausalLM"))
+    if projection is None:
+        return
+    ids, outputs = make_ids(1, 8), []
+    changed = copy.deepcopy(model)
+    find_down_proj(find_blocks(changed)[2], 32).register_forward_hook(lambda _m, _a, output: output + 1)
+    with torch.no_grad():
+        for each in (model, changed):
+            seen: dict[int, torch.Tensor] = {}
+            with watch_boundaries(each, seen.__setitem__):
+                each(input_ids=ids)
+            outputs.append(seen[3])
+    torch.testing.assert_close(outputs[1], outputs[0] + 1)
