@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from shoal.recipe import Value
@@ -14,14 +15,21 @@ from shoal.text import PACKAGED, TokenWindows, check_overlap, deal_documents, lo
 TRAINING_ROLES = ("calibration", "distillation", "selection")
 
 
+def _as_tuple(names: object) -> object:
+    return (names,) if isinstance(names, str) else names
+
+
+Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
 class Texts(Value):
-    """Where the texts come from and how much of them is used; sources as in `shoal.text`.
+    """Where the texts come from (one source or several, as in `shoal.text`) and how much of them is used.
 
     A source named both for training and for evaluation is shared out by documents.
     """
 
-    train: tuple[str, ...] = Field(default=(PACKAGED,), min_length=1)
-    evaluation: tuple[str, ...] = Field(default=(PACKAGED,), min_length=1)
+    train: Sources = (PACKAGED,)
+    evaluation: Sources = (PACKAGED,)
     calibration_tokens: int = Field(default=32_768, ge=1)
     evaluation_tokens: int = Field(default=16_384, ge=1, description="of each evaluation text")
     selection_tokens: int = Field(default=4_096, ge=1, description="held out from training: for choices and early stops")
