@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from shoal.models import load_tokenizer
 from shoal.text import TokenWindows
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 COMMON = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
@@ -75,3 +78,34 @@ def windows() -> TokenWindows:
 @pytest.fixture(scope="session")
 def root() -> Path:
     return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_random(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The packaged model of random weights, made in a cache folder of this run's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield "tiny-random"
+
+
+@pytest.fixture
+def tokenizer(tiny_random: str) -> transformers.PreTrainedTokenizerBase:
+    """A byte tokenizer of 257 tokens that puts nothing before a text."""
+    return load_tokenizer(tiny_random)
+
+
+@pytest.fixture
+def bos_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedTokenizerBase:
+    """The same with token 0 before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
+    return tokenizer
+
+
+def write_prose(path: Path, *, num_sentences: int = 1500, seed: int = 0) -> Path:
+    """A text file of sentences of random words, none of them twice."""
+    draw = torch.randint(97, 123, (num_sentences, 8, 5), generator=torch.Generator().manual_seed(seed)).tolist()
+    lines = [" ".join("".join(map(chr, word)) for word in words) + ".\n" for words in draw]
+    path.write_text("".join(lines))
+    return path

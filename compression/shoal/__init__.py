@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,3 +41,13 @@ def load(folder: str | Path, *, dtype: str | None = None) -> PreTrainedModel:
     from shoal.models import load_model
 
     return load_model(str(folder), dtype=dtype)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        # Importing the module shoal.compress would put it in the place of the function of that name.
+        if not (name == "compress" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Self
 
 import torch
 from pydantic import BeforeValidator, Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from shoal.recipe import Value
@@ -45,6 +49,28 @@ class Corpus:
     evaluation: tuple[TokenWindows, ...]
     distillation: TokenWindows | None = None
 
+    def save(self, path: Path) -> None:
+        """Writes all windows to one safetensors file, aside and renamed."""
+        roles = {"calibration": self.calibration, "selection": self.selection, "distillation": self.distillation}
+        roles |= {f"evaluation.{index}": windows for index, windows in enumerate(self.evaluation)}
+        given = {role: windows for role, windows in roles.items() if windows is not None}
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        names = {role: windows.name for role, windows in given.items()}
+        save_file({role: windows.ids.contiguous() for role, windows in given.items()}, aside, names)
+        aside.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises ValueError if the file is not whole."""
+        try:
+            with safe_open(path, "pt") as file:
+                names = file.metadata()
+                roles = {role: TokenWindows(file.get_tensor(role), names[role]) for role in file.keys()}  # noqa: SIM118
+            evaluation = [roles.pop(role) for role in sorted(roles) if role.startswith("evaluation.")]
+            return cls(evaluation=tuple(evaluation), **roles)
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"token windows {str(path)!r} are damaged ({error}); delete the file and start again") from error
+
 
 def load_corpus(
     texts: Texts,
@@ -58,6 +84,8 @@ def load_corpus(
 
     Raises ValueError for a missing, empty or too short text, too long windows, or overlap.
     """
+    if not distillation_tokens:
+        distillation_window = min(distillation_window, texts.window)
     context = getattr(config, "max_position_embeddings", None)
     for window in (texts.window, distillation_window):
         if context and window > context:

@@ -132,7 +132,7 @@ class DistillationRun:
         settings = self.settings
         rows = self._rows_of_step()
         total = torch.zeros((), dtype=torch.float64, device=self.student.device)
-        for chunk in rows.split(settings.windows_per_pass):
+        for chunk in rows.split(settings.windows_per_pass) if len(rows) else ():  # more ranks than windows
             loss = self._find_loss(chunk) * (len(chunk) / settings.windows_per_step)
             loss.backward()
             total += loss.detach()

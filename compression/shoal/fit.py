@@ -24,17 +24,17 @@ def fit_affine(
 ) -> AffineMap:
     """The affine map from x to y of the first pair, fitted with sinks.
 
-    λ is `ridge`, or the best of `RIDGES` on `held_out`. With `rank`, the update is the best of that rank for the
-    fitted tokens (reduced-rank regression, Izenman 1975).
+    λ is `ridge`, or the best of `RIDGES` on `held_out`; then all sums are fitted. With `rank`, the update is the
+    best of that rank for the fitted tokens (reduced-rank regression, Izenman 1975).
     """
     everything = ordinary + sinks
     if ridge is None:
         assert held_out is not None, "without ridge, fit_affine needs held-out sums to choose one"
         candidates = [_solve(everything, ordinary, candidate) for candidate in RIDGES]
         best = min(range(len(RIDGES)), key=lambda i: _held_out_error(candidates[i], everything, held_out))
-        # The chosen λ is fitted once more on all tokens.
-        ridge, everything = RIDGES[best], everything + held_out
-        ordinary = ordinary + held_out
+        ridge = RIDGES[best]
+    if held_out is not None:  # has done its work: λ is known, and all tokens fit the map
+        everything, ordinary = everything + held_out, ordinary + held_out
     update_xy = _solve(everything, ordinary, ridge)
     n = everything.num_tokens[0]
     if rank is None:

@@ -46,10 +46,11 @@ def find_knee(frontier: Sequence[P]) -> P:
         return min(frontier, key=lambda p: p.perplexity)
     sizes = [p.num_parameters for p in frontier]
     losses = [math.log(p.perplexity) for p in frontier]
+    fall = losses[0] - losses[-1] or 1.0  # perplexities a rounding error apart have one logarithm
 
     def depth(i: int) -> float:
         x = (sizes[i] - sizes[0]) / (sizes[-1] - sizes[0])
-        y = (losses[i] - losses[-1]) / (losses[0] - losses[-1])
+        y = (losses[i] - losses[-1]) / fall
         return 1 - x - y
 
     return frontier[max(range(len(frontier)), key=depth)]
@@ -60,9 +61,10 @@ def find_best_within(points: Sequence[P], *, max_parameters: int) -> P:
 
     Raises ValueError if none is that small.
     """
-    fitting = [p for p in points if p.num_parameters <= max_parameters and math.isfinite(p.perplexity)]
+    working = [p for p in points if math.isfinite(p.perplexity)]
+    fitting = [p for p in working if p.num_parameters <= max_parameters]
     if not fitting:
-        smallest = min((p.num_parameters for p in points), default=0)
+        smallest = min((p.num_parameters for p in working), default=0)
         raise ValueError(f"no point has {max_parameters:,} parameters or fewer; the smallest has {smallest:,}")
     return min(fitting, key=lambda p: p.perplexity)
 

@@ -51,6 +51,8 @@ def load_model(
 
     Raises ValueError if there is no such model, or if it is not a causal decoder.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     device = device or choose_device()
     torch_dtype = DTYPES[dtype] if dtype else choose_dtype(device)
     folder, extra = _locate(name, revision)

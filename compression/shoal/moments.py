@@ -10,6 +10,7 @@ near 1, but maps must be fitted with them.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -161,10 +162,10 @@ class Moments:
         aside.rename(path)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path, device: torch.device | None = None) -> Self:
         """Raises ValueError if the file is not whole."""
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(path, "pt", device=str(device or "cpu")) as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             grams = {
@@ -194,7 +195,7 @@ def measure_moments(
     """
     # A window of its own half each, even where there are few windows.
     batch_size = max(1, min(batch_size, len(windows) // 2))
-    source = f"{type(model).__name__}:{text_config(model).num_hidden_layers}:{text_sha256 or windows.sha256}"
+    source = f"{type(model).__name__}:{_sample_weights(model)}:{text_sha256 or windows.sha256}"
     moments = Moments.zeros(len(find_blocks(model)), text_config(model).hidden_size, source, model.device)
     if save_to and save_to.exists():
         moments = _resume(save_to, moments)
@@ -209,8 +210,17 @@ def measure_moments(
     return moments
 
 
+def _sample_weights(model: PreTrainedModel) -> str:
+    """A hash of 64 values of every parameter: other weights, other hash, without reading gigabytes."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        flat = parameter.detach().flatten()
+        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def _resume(path: Path, empty: Moments) -> Moments:
-    found = Moments.load(path)
+    found = Moments.load(path, empty.norm_ratio.device)
     return found if found.source == empty.source else empty
 
 

@@ -100,9 +100,16 @@ def _read_file(path: Path) -> Documents:
     if path.suffix == ".txt":
         return Documents(path.name, _split_pieces(path.read_text(encoding="utf-8", errors="replace")), independent=False)
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
+    if path.stat().st_size == 0:
+        return Documents(path.name, [])
     kind = "json" if path.suffix == ".jsonl" else "parquet"
-    return _from_columns(path.name, load_dataset(kind, data_files=str(path), split="train"))
+    try:
+        dataset = load_dataset(kind, data_files=str(path), split="train")
+    except (DatasetsError, ValueError) as error:
+        raise ValueError(f"text file {str(path)!r} is damaged or no {path.suffix}: {_first_line(error)}") from error
+    return _from_columns(path.name, dataset)
 
 
 def _split_pieces(text: str, length: int = 8000) -> list[str]:

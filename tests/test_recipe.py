@@ -1,0 +1,140 @@
+"""Recipes and points travel as JSON unchanged, and nonsense is refused with a message that names it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from shoal.recipe import Distillation, Evaluation, LossWeights, Point, Recipe, Size, Speed, Text
+
+positive = st.floats(min_value=1e-9, max_value=1e9)
+counts = st.integers(1, 2**40)
+names = st.text(min_size=1, max_size=20)
+texts = st.builds(Text, name=names, sha256=st.none() | names, num_tokens=counts)
+weights = st.builds(LossWeights, logit_kl=positive, layer_mse=positive, square_head=positive, cosine=positive)
+distillations = st.builds(
+    Distillation, num_tokens=counts, learning_rate=positive, temperature=positive, loss=weights,
+    trained=st.sampled_from(["maps", "lora", "all"]), window=st.integers(8, 4096), patience=st.none() | st.integers(1, 9),
+)  # fmt: skip
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    blocks = draw(st.none() | st.lists(st.integers(0, 99), unique=True, max_size=8))
+    kind = draw(st.sampled_from(["linear", "low_rank", "folded", "dropped"]))
+    return Recipe(
+        base_model=draw(names), kind=kind, rank=draw(st.integers(1, 64)) if kind == "low_rank" else None,
+        num_replaced=draw(st.integers(0, 99)) if blocks is None else len(blocks),
+        blocks=blocks, selection="linearity" if blocks is None else "listed",
+        ridge=draw(st.none() | st.floats(0, 1e6)), calibration=tuple(draw(st.lists(texts, max_size=2))),
+        distillation_text=draw(st.none() | texts), distillation=draw(st.none() | distillations), seed=draw(st.integers(0, 2**31)),
+    )  # fmt: skip
+
+
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+evaluations = st.builds(Evaluation, text=texts, **{name: numbers for name in Evaluation.model_fields if name != "text"})
+sizes = st.builds(Size, num_parameters=counts, num_bytes=counts, kv_bytes_per_token=counts)
+speeds = st.builds(Speed, prefill_tokens_per_s=positive, decode_tokens_per_s=positive)
+points = st.builds(
+    Point, recipe=recipes(), evaluations=st.lists(evaluations, min_size=1, max_size=3).map(tuple), size=sizes, dense_size=sizes,
+    speed=st.none() | speeds, dense_speed=st.none() | speeds, seconds=st.dictionaries(names, numbers, max_size=3),
+)  # fmt: skip
+
+
+@given(recipes() | points)
+def test_dict_and_json_round_trips_are_the_identity(value):
+    assert type(value).model_validate_json(value.model_dump_json()) == value
+    assert type(value).model_validate(value.model_dump()) == value
+    assert type(value).model_validate(json.loads(json.dumps(value.model_dump(mode="json")))) == value
+
+
+@given(recipes())
+def test_equal_recipes_have_equal_keys(recipe):
+    assert Recipe.model_validate_json(recipe.model_dump_json()).key == recipe.key
+    assert recipe.model_copy(update={"seed": recipe.seed + 1}).key != recipe.key
+
+
+def test_the_order_of_blocks_does_not_matter():
+    recipe, same = (
+        Recipe(base_model="m", num_replaced=2, blocks=blocks, selection="listed") for blocks in [(7, 3), (3, 7)]
+    )
+    assert recipe == same
+    assert recipe.key == same.key
+    assert recipe.blocks == (3, 7)
+
+
+@pytest.mark.parametrize("value", [Recipe, Distillation, LossWeights, Point, Text])
+def test_an_unknown_key_is_refused_by_name(value):
+    with pytest.raises(ValidationError, match="num_workers"):
+        value.model_validate({"num_workers": 2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks": [3, 5, 3], "num_replaced": 3}, r"blocks lists \[3\] more than once"),
+        ({"blocks": [1, 2, 3]}, "num_replaced=2 but blocks names 3"),
+        ({"blocks": [-1, 2]}, "greater than or equal to 0"),
+        ({"selection": "listed"}, "needs blocks"),
+        ({"rank": 8}, "give rank with kind='low_rank'"),
+        ({"kind": "low_rank"}, "rank=None"),
+        ({"kind": "low_rank", "rank": 0}, "greater than or equal to 1"),
+        ({"kind": "folded", "fit": "independent"}, "use fit='in_order'"),
+        ({"kind": "pruned"}, "'linear', 'low_rank', 'folded' or 'dropped'"),
+        ({"selection": "random"}, "'greedy_kl'"),
+        ({"num_replaced": -1}, "greater than or equal to 0"),
+        ({"num_replaced": 1.5}, "integer"),
+        ({"ridge": -0.1}, "greater than or equal to 0"),
+        ({"ridge": math.inf}, "finite"),
+        ({"base_model": None}, "string"),
+    ],
+)  # fmt: skip
+def test_impossible_recipes_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        Recipe.model_validate({"base_model": "m", "num_replaced": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_tokens": 0}, "greater than or equal to 1"),
+        ({"learning_rate": 0}, "greater than 0"),
+        ({"learning_rate": -1e-3}, "greater than 0"),
+        ({"learning_rate": math.nan}, "finite"),
+        ({"temperature": 0}, "greater than 0"),
+        ({"trained": "bias"}, "'maps', 'lora' or 'all'"),
+        ({"lora_rank": 0}, "greater than or equal to 1"),
+        ({"window": 4}, "greater than or equal to 8"),
+        ({"windows_per_step": 0}, "greater than or equal to 1"),
+        ({"warmup_fraction": 1}, "less than 1"),
+        ({"max_gradient_norm": 0}, "greater than 0"),
+        ({"patience": 0}, "greater than or equal to 1"),
+        ({"loss": {"logit_kl": 0}}, "every loss weight is 0"),
+        ({"loss": {"logit_kl": -1}}, "greater than or equal to 0"),
+    ],
+)  # fmt: skip
+def test_impossible_distillations_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        Distillation.model_validate(changes)
+
+
+def test_values_are_frozen():
+    recipe = Recipe(base_model="m", num_replaced=1)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.seed = 1
+
+
+def test_steps_use_up_the_tokens():
+    assert Distillation(num_tokens=8192, window=512, windows_per_step=4).num_steps == 4
+    assert Distillation(num_tokens=1).num_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "needed"), [({}, False), ({"cosine": 1}, True), ({"logit_kl": 0, "layer_mse": 1}, True)]
+)
+def test_only_losses_on_streams_need_hidden_states(weights, needed):
+    assert LossWeights(**weights).needs_hidden_states == needed
