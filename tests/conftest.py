@@ -8,12 +8,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from shoal.blocks import find_blocks
 from shoal.models import load_tokenizer
+from shoal.moments import Moments
 from shoal.text import TokenWindows
 
 COMMON = {
@@ -109,3 +112,26 @@ def write_prose(path: Path, *, num_sentences: int = 1500, seed: int = 0) -> Path
     lines = [" ".join("".join(map(chr, word)) for word in words) + ".\n" for words in draw]
     path.write_text("".join(lines))
     return path
+
+
+def moments_of(stream_lnd: torch.Tensor) -> Moments:
+    """Moments of rows at L+1 boundaries in float64, without sinks; every other row is held out."""
+    unit = torch.nn.functional.normalize(stream_lnd, dim=-1)
+    moments = Moments.zeros(len(stream_lnd) - 1, stream_lnd.shape[-1], "by hand")
+    for block, (x, y) in enumerate(pairwise(stream_lnd)):
+        moments.ordinary.add(block, x[::2], y[::2])
+        moments.held_ordinary.add(block, x[1::2], y[1::2])
+        moments.norm_ratio[block] = ((y - x).norm(dim=1) / y.norm(dim=1)).sum()
+        moments.cosine[block] = (unit[block] * unit[block + 1]).sum()
+    moments.similarity += torch.einsum("lnd,mnd->lm", unit, unit)
+    moments.num_compared += stream_lnd.shape[1]
+    moments.sink_norm_ratio += 1
+    return moments
+
+
+def make_affine(model: transformers.PreTrainedModel, block: int, *, seed: int = 0) -> None:
+    """Makes a block of the model exactly affine, in place: x → x + A x + b."""
+    generator = torch.Generator().manual_seed(seed)
+    width = model.config.hidden_size
+    update, bias = torch.randn(width, width, generator=generator) / width, torch.randn(width, generator=generator) / 100
+    find_blocks(model)[block].forward = lambda hidden_states, **_: hidden_states + hidden_states @ update + bias

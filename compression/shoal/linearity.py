@@ -68,7 +68,9 @@ def score_blocks(moments: Moments) -> list[BlockLinearity]:
     if per_half < needed:
         raise ValueError(
             f"{moments.num_tokens:,} calibration tokens are too few for a hidden size of {moments.hidden_size}: a map has "
-            f"that many columns to fit, and every block would look linear; give {2 * needed + 2 * (needed // 8):,} tokens or more"
+            f"that many columns to fit, and every block would look linear; "
+            # The smaller half of a few windows is a third of them, and sinks do not count.
+            f"give {4 * needed:,} tokens or more"
         )
     tokens = moments.ordinary.num_tokens.add(moments.held_ordinary.num_tokens).clamp(min=1).cpu()
     jumps = (moments.sink_norm_ratio[1:] / moments.sink_norm_ratio[:-1]).tolist()

@@ -39,7 +39,8 @@ def multiply_rows(x_nd: Tensor, y_ne: Tensor) -> Tensor:
     if x_nd.dtype == torch.bfloat16 and x_nd.is_cuda:
         return torch.mm(x_nd.T, y_ne.to(x_nd.dtype), out_dtype=torch.float32)
     if x_nd.dtype != torch.bfloat16:
-        return x_nd.T @ y_ne.to(x_nd.dtype)
+        wide = torch.promote_types(x_nd.dtype, torch.float32)  # sums of squares overflow float16
+        return x_nd.to(wide).T @ y_ne.to(wide)
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
