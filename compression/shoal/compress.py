@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,31 +17,12 @@ from shoal.distill import DistillationRun, Lesson
 from shoal.evaluate import evaluate, measure_size, measure_speeds
 from shoal.fit import fit_independent
 from shoal.models import hash_weights, load_model, load_tokenizer
-from shoal.moments import Moments, measure_moments
+from shoal.prepare import Listener, Preparation, ignore, prepare
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
 from shoal.replace import Replacement, apply_replacement
 from shoal.store import save, save_point
-from shoal.teacher import TeacherTargets, measure_targets
 from shoal.text import TokenWindows
 from shoal.walk import fit_in_order
-
-Listener = Callable[[str, int, int], None]
-"""Hears (stage, done, total) while long work goes on."""
-
-
-def ignore(_stage: str, _done: int, _total: int) -> None:
-    """The listener that does nothing."""
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """What every recipe for one model and corpus shares; measured once."""
-
-    moments: Moments
-    selection: TeacherTargets
-    evaluation: tuple[TeacherTargets, ...]
-    distillation: TeacherTargets | None = None
-
 
 @dataclass
 class Stopwatch:
@@ -122,20 +103,6 @@ def name_inputs(recipe: Recipe, model: PreTrainedModel, corpus: Corpus) -> Recip
 def describe(windows: TokenWindows) -> Text:
     """Name, hash and length of token windows."""
     return Text(name=windows.name, sha256=windows.sha256, num_tokens=windows.num_tokens)
-
-
-def prepare(model: PreTrainedModel, corpus: Corpus, *, listen: Listener = ignore) -> Preparation:
-    """Moments, and the dense model's targets on selection and evaluation text."""
-    moments = measure_moments(
-        model, corpus.calibration, on_progress=lambda done: listen("moments", done, len(corpus.calibration))
-    )
-    texts = (corpus.selection, *corpus.evaluation)
-    targets = []
-    for index, windows in enumerate(texts):
-        listen("dense model", index, len(texts))
-        targets.append(measure_targets(model, windows))
-    listen("dense model", len(texts), len(texts))
-    return Preparation(moments, targets[0], tuple(targets[1:]))
 
 
 def choose(recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation) -> Recipe:

@@ -116,6 +116,15 @@ def cache_folder() -> Path:
     return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shoal"
 
 
+def describe_source(name: str, revision: str | None = None) -> str:
+    """Where a model comes from, as a place that others can load: an absolute folder, a file, or a Hub id."""
+    if name in ALIASES:
+        return str(cache_folder() / name)
+    if Path(name).exists():
+        return str(Path(name).resolve())
+    return f"hf://{name}" + (f"@{revision}" if revision else "")
+
+
 def _locate(name: str, revision: str | None) -> tuple[str, dict]:
     """What to give to `from_pretrained`: a folder or Hub id, and keyword arguments."""
     if name in ALIASES:

@@ -111,6 +111,12 @@ class Space(Value):
         """The fields that do not."""
         return {name: getattr(self, name) for name in type(self).model_fields if name not in self.axes}
 
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """All temperatures that a trial can ask the dense model's targets for."""
+        axis = self.temperature
+        return tuple(sorted({1.0, *(_ends(axis) if isinstance(axis, Choice | Range) else (axis,))}))
+
     def highest(self, name: str) -> float:
         """The largest value that an axis or constant can take."""
         value = getattr(self, name)
@@ -191,7 +197,8 @@ class SearchConfig(Value):
             complaint = error.errors()[0]
             key = ".".join(str(part) for part in complaint["loc"])
             message = f"{key}: " * bool(key) + complaint["msg"].removeprefix("Value error, ")
-            raise ValueError(f"no recipe for {assignment or self.space.constants}: {message}") from error
+            varied = {name: value for name, value in assignment.items() if name in self.space.axes}
+            raise ValueError(f"no recipe for {varied or 'this space'}: {message}") from error
         if recipe.num_replaced < 1:
             raise ValueError("space.num_replaced must be 1 or more; the dense model is measured in any case")
 
@@ -231,6 +238,10 @@ class SearchConfig(Value):
             | {"distillation": settings}
         )
 
+    def trial_key(self, assignment: dict[str, Any]) -> str:
+        """The name of a trial: equal for equal recipes, so that none is made twice."""
+        return self.make_recipe(assignment).key
+
     @property
     def science(self) -> dict[str, Any]:
         """The part that decides what comes out; two searches of one name must agree in it."""
@@ -242,6 +253,13 @@ def _ends(axis: Choice | Range) -> list[Any]:
     if isinstance(axis, Choice):
         return axis.choice
     return [end for name in RANGES for end in getattr(axis, name) or ()]
+
+
+def read_assignment(config: dict[str, Any]) -> dict[str, Any]:
+    """The assignment in a Tune trial's configuration: nested by `grid`, under flat names by Optuna."""
+    if "assignment" in config:
+        return dict(config["assignment"])
+    return {name.removeprefix("assignment/"): value for name, value in config.items() if name.startswith("assignment/")}
 
 
 def load_config(path: Path) -> SearchConfig:

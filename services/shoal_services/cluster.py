@@ -1,0 +1,132 @@
+"""Connecting to Ray, and the checks before a search: resources, storage, versions. Each failure names a remedy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import uuid
+from importlib.metadata import version
+from pathlib import Path
+
+import ray
+from shoal.store import write_atomically
+
+from shoal_services.config import Run
+
+MIN_FREE_BYTES = 2 * 2**30
+VERSIONED = ("ray", "torch", "transformers", "shoal")
+# Train waits this long between looks at its workers, and a report takes as long: 2 s by default.
+WORKER_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def connect(address: str | None, *, num_cpus: int | None = None) -> None:
+    """Connects to the cluster at `address`, or starts a local one; does nothing if connected.
+
+    Raises ConnectionError if no cluster answers there.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    environment = {"env_vars": {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}}
+    try:
+        ray.init(
+            address=address or "local",
+            num_cpus=None if address else (num_cpus or os.cpu_count()),
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ConnectionError(f"no Ray cluster at {address!r}: {first}; check the address, or leave it out to run here") from error
+
+
+def check_cluster(run: Run, storage: Path) -> int:
+    """How many trials fit at once.
+
+    Raises ValueError for resources that the cluster does not have, storage that is not writable from every node or
+    nearly full, and package versions that differ between nodes.
+    """
+    _check_writable(storage)
+    concurrent = count_concurrent_trials(run)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1:
+        _check_nodes(nodes, storage)
+    return concurrent
+
+
+def count_concurrent_trials(run: Run) -> int:
+    """Trials that the cluster's CPUs and GPUs hold at once, at most `max_concurrent_trials`."""
+    total = ray.cluster_resources()
+    counts = []
+    for resource, per_worker in (("CPU", run.cpus_per_worker), ("GPU", run.gpus_per_worker)):
+        needed = per_worker * run.num_workers
+        if needed and needed > total.get(resource, 0):
+            raise ValueError(
+                f"a trial needs {needed:g} {resource}s ({run.num_workers} workers of {per_worker:g}), and the cluster has "
+                f"{total.get(resource, 0):g}; lower run.num_workers or run.{resource.lower()}s_per_worker, or add nodes"
+            )
+        if needed:
+            counts.append(int(total[resource] // needed))
+    return min([*counts, run.max_concurrent_trials or counts[0]])
+
+
+def _check_writable(storage: Path) -> None:
+    existing = next(path for path in (storage, *storage.parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"storage {str(storage)!r}: {str(existing)!r} is a file; choose another run.storage")
+    marker = existing / f".shoal-{uuid.uuid4().hex}"
+    try:
+        write_atomically(marker, "written by the check before a search")
+        marker.unlink()
+    except OSError as error:
+        raise ValueError(f"storage {str(existing)!r} cannot be written ({error.strerror}); choose another run.storage") from error
+    free = shutil.disk_usage(existing).free
+    if free < MIN_FREE_BYTES:
+        raise ValueError(
+            f"storage {str(existing)!r} has {free / 2**30:.1f} GiB free, less than {MIN_FREE_BYTES / 2**30:.0f} GiB; "
+            "free some space or choose another run.storage"
+        )
+
+
+def describe_versions() -> dict[str, str]:
+    """Python's and the packages' versions on this node."""
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
+
+
+def _check_nodes(nodes: list[dict], storage: Path) -> None:
+    """Every node sees the same storage and runs the same versions."""
+    storage.mkdir(parents=True, exist_ok=True)
+    marker = storage / f".shoal-{uuid.uuid4().hex}"
+    write_atomically(marker, "written by the check before a search")
+    look = ray.remote(num_cpus=0, max_retries=0)(_look_from_node)
+    here = describe_versions()
+    try:
+        for node in nodes:
+            place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            sees_marker, versions = ray.get(look.options(scheduling_strategy=place).remote(str(marker)), timeout=60)
+            name = node["NodeManagerAddress"]
+            if not sees_marker:
+                raise ValueError(
+                    f"node {name} does not see storage {str(storage)!r}: with several nodes run.storage must be a folder "
+                    "that all of them share (NFS, a mounted bucket)"
+                )
+            for package in here.keys() - {"python"} | {"python"}:
+                if versions.get(package) != here[package]:
+                    raise ValueError(
+                        f"node {name} runs {package} {versions.get(package)}, this machine {here[package]}: "
+                        "install the same versions everywhere"
+                    )
+    finally:
+        marker.unlink(missing_ok=True)
+
+
+def _look_from_node(marker: str) -> tuple[bool, dict[str, str]]:
+    return Path(marker).exists(), describe_versions()

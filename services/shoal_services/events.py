@@ -1,0 +1,114 @@
+"""What Tune tells about trials, passed on: to MLflow as runs and metrics, and to a listener as progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ray.tune
+from shoal.recipe import Point, fingerprint
+
+from shoal_services.config import SearchConfig, read_assignment
+from shoal_services.folder import RunFolder, TrialResult
+from shoal_services.tracking import Tracker
+
+RUN_STATUS = {"finished": "FINISHED", "collapsed": "FAILED", "failed": "FAILED", "stopped": "KILLED"}
+
+
+def search_key(config: SearchConfig) -> str:
+    """The parent run's key: the same whenever the same search is started."""
+    return f"{config.name}-{fingerprint(str(config.folder))}"
+
+
+class SearchEvents(ray.tune.Callback):
+    """A Tune callback for one search."""
+
+    def __init__(
+        self, config: SearchConfig, folder: RunFolder, tracker: Tracker, *, on_end: Callable[[TrialResult], None]
+    ):
+        self.config, self.folder, self.tracker, self.on_end = config, folder, tracker, on_end
+        self.parent = search_key(config)
+
+    def __getstate__(self) -> dict:
+        """Nothing: Tune pickles its callbacks for a restore of its own, and a search restores from its folder."""
+        return {}
+
+    def run_key(self, trial_key: str) -> str:
+        return f"{self.parent}/{trial_key}"
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        key, assignment = self._identify(trial)
+        self.tracker.start_run(self.run_key(key), name=_name_trial(assignment), parent=self.parent, params=assignment)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if "step" not in result:
+            return
+        key, _ = self._identify(trial)
+        names = ("loss", "learning_rate", "gradient_norm", "held_out_kl", "held_out_perplexity", "num_parameters")
+        metrics = {name: float(result[name]) for name in names if name in result}
+        # Tune nests names with a slash: {"system": {"…": 1}} and "system/…" both occur.
+        system = {name: value for name, value in result.items() if name.startswith("system/")}
+        system |= {f"system/{name}": value for name, value in (result.get("system") or {}).items()}
+        self.tracker.log_metrics(self.run_key(key), metrics | system, step=int(result["step"]))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial)
+
+    def _end(self, trial: Any) -> None:
+        key, assignment = self._identify(trial)
+        result = self.folder.read_result(key)
+        if result is None:  # the driver died, not its model
+            reason = f"the trial's driver died: {trial.error_file or 'no error file'}"
+            result = TrialResult(key=key, assignment=assignment, status="failed", reason=reason)
+            self.folder.write_result(result)
+        self.record_end(result)
+        self.on_end(result)
+
+    def record_end(self, result: TrialResult) -> None:
+        """Tells MLflow a trial's result and its files, and ends the run."""
+        run = self.run_key(result.key)
+        if result.point:
+            self.tracker.log_metrics(run, point_metrics(result.point), step=_last_step(result.point))
+            self.tracker.log_tags(run, {"artefact": result.point.artefact or "", "blocks": str(result.point.recipe.blocks)})
+        else:
+            self.tracker.log_tags(run, {"reason": result.reason or ""})
+        self.tracker.log_artifact(run, self.folder.trial(result.key) / "result.json")
+        for name in ("recipe.json", "point.json", "README.md"):
+            self.tracker.log_artifact(run, self.folder.trial(result.key) / "model" / name)
+        self.tracker.end_run(run, RUN_STATUS[result.status])
+
+    def _identify(self, trial: Any) -> tuple[str, dict[str, Any]]:
+        assignment = read_assignment(trial.config)
+        return self.config.trial_key(assignment), assignment
+
+
+def _last_step(point: Point) -> int:
+    return point.recipe.distillation.num_steps if point.recipe.distillation else 0
+
+
+def _name_trial(assignment: dict[str, Any]) -> str:
+    return " ".join(str(assignment[name]) for name in ("kind", "num_replaced") if name in assignment) or "trial"
+
+
+def point_metrics(point: Point) -> dict[str, float]:
+    """A point's numbers as MLflow metrics."""
+    first = point.evaluations[0]
+    metrics = {
+        "perplexity": first.perplexity,
+        "perplexity_standard_error": first.standard_error,
+        "dense_perplexity": first.dense_perplexity,
+        "kl": first.kl,
+        "top1_agreement": first.top1_agreement,
+        "num_parameters": float(point.size.num_parameters),
+        "num_bytes": float(point.size.num_bytes),
+        "kv_bytes_per_token": float(point.size.kv_bytes_per_token),
+    }
+    for name, value in point.seconds.items():
+        metrics[f"seconds/{name}"] = value
+    if point.speed and point.dense_speed:
+        metrics["decode_speedup"] = point.speed.decode_tokens_per_s / point.dense_speed.decode_tokens_per_s
+        metrics["prefill_speedup"] = point.speed.prefill_tokens_per_s / point.dense_speed.prefill_tokens_per_s
+    return metrics

@@ -1,0 +1,143 @@
+"""The folder of one search: what lies where, and what has been finished.
+
+    config.json                 what is searched; a second search of this name must agree
+    prepared/                   token windows, moments, the dense model's targets: shared by all trials
+    fits/<key>.safetensors      fitted replacements, shared by trials that differ in distillation alone
+    trials/<key>/               result.json, model/ (while on the frontier), train/ (checkpoints, while running)
+    mlflow.db  mlartifacts/     tracking, unless a server is named
+    frontier.json  frontier.html  linearity.json  linearity.html
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from shoal.frontier import find_frontier
+from shoal.recipe import Point, Value
+from shoal.store import write_atomically
+
+from shoal_services.config import SearchConfig
+
+Status = Literal["finished", "collapsed", "stopped", "failed"]
+
+
+class TrialResult(Value):
+    """How a trial ended. `point` is there if it finished, `reason` if it did not."""
+
+    key: str
+    assignment: dict[str, Any]
+    status: Status
+    reason: str | None = None
+    point: Point | None = None
+    held_out_perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a search's folder."""
+
+    root: Path
+
+    @property
+    def prepared(self) -> Path:
+        return self.root / "prepared"
+
+    @property
+    def fits(self) -> Path:
+        return self.root / "fits"
+
+    def trial(self, key: str) -> Path:
+        return self.root / "trials" / key
+
+    def claim(self, config: SearchConfig) -> None:
+        """Makes the folder, or goes on in it.
+
+        Raises ValueError if it holds another search of the same name, OSError if it cannot be written.
+        """
+        for folder in (self.prepared, self.fits, self.root / "trials"):
+            folder.mkdir(parents=True, exist_ok=True)
+        file = self.root / "config.json"
+        if file.exists():
+            held = json.loads(file.read_text())
+            different = sorted(
+                key for key in {*held, *config.science} - {"search"} if held.get(key) != config.science.get(key)
+            )
+            if different:
+                raise ValueError(
+                    f"{str(self.root)!r} holds another search named {config.name!r}: {', '.join(different)} differ; "
+                    "choose another name, or delete the folder"
+                )
+        write_atomically(file, json.dumps(config.science, indent=2))
+
+    def read_result(self, key: str) -> TrialResult | None:
+        """A trial's result, None if it has not ended. Raises ValueError if the file is damaged."""
+        file = self.trial(key) / "result.json"
+        if not file.exists():
+            return None
+        try:
+            return TrialResult.model_validate_json(file.read_text())
+        except ValidationError as error:
+            complaint = f"{error.error_count()} errors, first {error.errors()[0]['msg']!r}"
+            raise ValueError(f"trial result {str(file)!r} is damaged ({complaint}); delete the trial's folder to run it again") from error
+
+    def write_result(self, result: TrialResult) -> None:
+        """Ends a trial: this file is the last that is written."""
+        self.trial(result.key).mkdir(parents=True, exist_ok=True)
+        write_atomically(self.trial(result.key) / "result.json", result.model_dump_json(indent=2))
+
+    def read_results(self) -> list[TrialResult]:
+        """All trials that have ended, by key."""
+        keys = sorted(path.parent.name for path in (self.root / "trials").glob("*/result.json"))
+        return [result for key in keys if (result := self.read_result(key))]
+
+    def read_started(self) -> dict[str, dict[str, Any]]:
+        """Assignments of trials that were started and have not ended, by key."""
+        files = (self.root / "trials").glob("*/assignment.json")
+        return {f.parent.name: json.loads(f.read_text()) for f in files if not (f.parent / "result.json").exists()}
+
+    def write_started(self, key: str, assignment: dict[str, Any]) -> None:
+        """Notes that a trial has begun, so that a later start of the search begins with it."""
+        self.trial(key).mkdir(parents=True, exist_ok=True)
+        write_atomically(self.trial(key) / "assignment.json", json.dumps(assignment))
+
+    def find_points(self) -> list[Point]:
+        """The points of all finished trials."""
+        return [result.point for result in self.read_results() if result.point]
+
+    def drop_dominated_models(self) -> None:
+        """Deletes the weights of trials that are off the frontier; their numbers stay."""
+        points = self.find_points()
+        kept = {point.artefact for point in find_frontier(points)}
+        for point in points:
+            if point.artefact and point.artefact not in kept:
+                shutil.rmtree(point.artefact, ignore_errors=True)
+
+
+class ProgressFile:
+    """A listener that writes (stage, done, total) to a file, at most twice a second: readers need no connection."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.written_at, self.stage = 0.0, ""
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self.stage or done >= total or now - self.written_at > 0.5:
+            self.written_at, self.stage = now, stage
+            write_atomically(self.path, json.dumps({"stage": stage, "done": done, "total": total}))
+
+
+def read_progress(path: Path) -> tuple[str, int, int] | None:
+    """What a `ProgressFile` last wrote, None before that."""
+    try:
+        progress = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return progress["stage"], progress["done"], progress["total"]

@@ -1,0 +1,211 @@
+"""Pages that need nothing but a browser: the size/quality frontier, and linearity by depth. No CDN, no server."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import plotly.graph_objects as go
+from shoal.frontier import find_frontier, name_picks
+from shoal.linearity import RANKING_REASON, BlockLinearity
+from shoal.recipe import KINDS, Point
+from shoal.store import write_atomically
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00"), strict=True))
+SYMBOLS = dict(zip(KINDS, ("circle", "diamond", "square", "x"), strict=True))
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a; background: #fff }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd } th { border-bottom: 2px solid #888 }
+td:first-child, th:first-child { text-align: left } tr.pick { background: #eef6fb } .scroll { overflow-x: auto }
+p.note { color: #555; max-width: 46rem }
+"""
+
+
+def write_frontier_page(path: Path, name: str, points: Sequence[Point]) -> None:
+    """All points and the frontier through them, beside the dense model, and a table of the frontier."""
+    frontier = find_frontier(points)
+    sections = [f"<h1>{html.escape(name)}: size and quality</h1>"]
+    if not points:
+        sections.append("<p>No trial has finished yet.</p>")
+    else:
+        first = points[0].evaluations[0]
+        note = (
+            f"Perplexity on {html.escape(first.text.name)}, {first.text.num_tokens:,} tokens (sha256 "
+            f"{(first.text.sha256 or '')[:8]}), {points[0].recipe.dtype} on {points[0].device}. Bars are one standard error "
+            "over windows. Errors of compressed and dense model go together: the ratio in the table is far surer than "
+            "the two bars suggest. Up and to the right is worse."
+        )
+        sections += [_draw(frontier_figure(points, frontier)), f"<p class='note'>{note}</p>", _frontier_table(points, frontier)]
+    write_atomically(path, _page(f"{name}: frontier", sections))
+
+
+def frontier_figure(points: Sequence[Point], frontier: Sequence[Point]) -> go.Figure:
+    """Parameters against perplexity (log axis)."""
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[p.num_parameters / 1e6 for p in frontier], y=[p.perplexity for p in frontier], mode="lines",
+        line={"color": "#888", "shape": "hv"}, name="frontier", hoverinfo="skip",
+    )  # fmt: skip
+    for kind in KINDS:
+        group = [p for p in points if p.recipe.kind == kind]
+        if group:
+            figure.add_scatter(
+                x=[p.num_parameters / 1e6 for p in group], y=[p.perplexity for p in group], mode="markers", name=kind,
+                error_y={"array": [p.evaluations[0].standard_error for p in group], "thickness": 1, "width": 3},
+                marker={"color": COLOURS[kind], "symbol": SYMBOLS[kind], "size": 11},
+                hovertext=[_describe(p) for p in group], hoverinfo="text",
+            )  # fmt: skip
+    dense = points[0]
+    figure.add_scatter(
+        x=[dense.dense_size.num_parameters / 1e6], y=[dense.evaluations[0].dense_perplexity], mode="markers", name="dense",
+        error_y={"array": [dense.evaluations[0].dense_standard_error], "thickness": 1, "width": 3},
+        marker={"color": "#000", "symbol": "star", "size": 15},
+        hovertext=f"dense: {dense.evaluations[0].dense_perplexity:.2f}", hoverinfo="text",
+    )  # fmt: skip
+    figure.update_layout(
+        template="plotly_white", height=520, margin={"t": 20, "r": 20}, legend={"orientation": "h", "y": 1.08},
+        xaxis_title="parameters (millions)", yaxis={"title": "perplexity", "type": "log", "dtick": "D1"},
+    )  # fmt: skip
+    return figure
+
+
+def _describe(point: Point) -> str:
+    recipe, first = point.recipe, point.evaluations[0]
+    settings = recipe.distillation
+    distilled = (
+        f"distilled on {settings.num_tokens:,} tokens, learning rate {settings.learning_rate:.2g}, "
+        f"temperature {settings.temperature:g}, trained {settings.trained}"
+        if settings
+        else "not distilled"
+    )
+    return "<br>".join(
+        [
+            f"<b>{recipe.num_replaced} blocks {recipe.kind}</b>: {', '.join(map(str, recipe.blocks or ()))}",
+            f"perplexity {first.perplexity:.2f} ± {first.standard_error:.2f} (dense {first.dense_perplexity:.2f})",
+            f"KL to dense {first.kl:.3f} ± {first.kl_standard_error:.3f} nats per token",
+            f"{point.num_parameters / 1e6:.1f} M parameters, {point.size.kv_bytes_per_token:,} KV bytes per token",
+            distilled,
+        ]
+    )
+
+
+def _frontier_table(points: Sequence[Point], frontier: Sequence[Point]) -> str:
+    picks = {id(point): name for name, point in reversed(name_picks(frontier).items())}
+    dense = points[0]
+    rows = [["dense", "0", "", f"{dense.dense_size.num_parameters / 1e6:.1f} M", *_dense_cells(dense)]]
+    marked = [False]
+    for point in reversed(frontier):
+        first = point.evaluations[0]
+        rows.append(
+            [
+                picks.get(id(point), ""),
+                f"{point.recipe.num_replaced}",
+                point.recipe.kind,
+                f"{point.num_parameters / 1e6:.1f} M",
+                f"{first.perplexity:.2f} ± {first.standard_error:.2f}",
+                f"{math.exp(first.log_ratio):.3f} ± {math.exp(first.log_ratio) * first.log_ratio_standard_error:.3f}",
+                f"{first.kl:.3f} ± {first.kl_standard_error:.3f}",
+                f"{point.size.kv_bytes_per_token:,}",
+                _speedup(point),
+            ]
+        )
+        marked.append(id(point) in picks)
+    header = ["", "blocks replaced", "kind", "parameters", "perplexity", "ratio to dense", "KL", "KV bytes/token", "decode speed"]
+    return _table(header, rows, marked)
+
+
+def _dense_cells(point: Point) -> list[str]:
+    first = point.evaluations[0]
+    perplexity = f"{first.dense_perplexity:.2f} ± {first.dense_standard_error:.2f}"
+    return [perplexity, "1", "0", f"{point.dense_size.kv_bytes_per_token:,}", "1"]
+
+
+def _speedup(point: Point) -> str:
+    if point.speed is None or point.dense_speed is None:
+        return ""
+    return f"× {point.speed.decode_tokens_per_s / point.dense_speed.decode_tokens_per_s:.2f}"
+
+
+def write_linearity_page(
+    path: Path, models: Mapping[str, Sequence[BlockLinearity]], token_errors: Sequence[Sequence[float]] | None = None
+) -> None:
+    """Layer-wise linearity of one or several models, with the table of the first."""
+    name, scores = next(iter(models.items()))
+    note = f"Blocks are ranked by “held out”: {RANKING_REASON}. “All tokens” is the score of arXiv 2405.12250, in sample."
+    sections = [
+        f"<h1>{html.escape(name)}: linearity of the blocks</h1>",
+        _draw(linearity_figure(models)),
+        f"<p class='note'>{note} Noise floor of the in-sample scores: {scores[0].noise_floor:.3f}.</p>",
+        _linearity_table(scores, token_errors),
+    ]
+    write_atomically(path, _page(f"{name}: linearity", sections))
+
+
+def linearity_figure(models: Mapping[str, Sequence[BlockLinearity]]) -> go.Figure:
+    """Scores over blocks (over normalised depth, for several models)."""
+    lines = {
+        "score": ("all tokens", "#999999"),
+        "ordinary": ("sinks left out", "#56B4E9"),
+        "held_out": ("held out, sinks left out (ranks)", "#0072B2"),
+        "score_without_residual": ("without residual, all tokens", "#E69F00"),
+        "ordinary_without_residual": ("without residual, sinks left out", "#D55E00"),
+        "identity": ("identity map", "#009E73"),
+    }
+    figure = go.Figure()
+    for model, scores in models.items():
+        single = len(models) == 1
+        depth = [score.block if single else score.block / max(1, len(scores) - 1) for score in scores]
+        for field, (label, colour) in lines.items():
+            name = label if single else f"{model}: {label}"
+            style = {"color": colour} if single else {}
+            figure.add_scatter(
+                x=depth, y=[getattr(s, field) for s in scores], mode="lines+markers", name=name, line=style,
+                visible=True if field not in ("score_without_residual", "identity") else "legendonly",
+            )  # fmt: skip
+    figure.update_layout(
+        template="plotly_white", height=520, margin={"t": 20, "r": 20}, legend={"orientation": "h", "y": -0.2},
+        xaxis_title="block" if len(models) == 1 else "normalised depth", yaxis_title="linearity (share of variance)",
+    )  # fmt: skip
+    return figure
+
+
+def _linearity_table(scores: Sequence[BlockLinearity], token_errors: Sequence[Sequence[float]] | None) -> str:
+    header = [
+        "block", "held out", "all tokens", "w/o residual", "sinks out", "w/o residual, sinks out", "identity", "cosine",
+        "norm ratio", "sinks",
+    ]  # fmt: skip
+    rows = []
+    for index, s in enumerate(scores):
+        numbers = (s.held_out, s.score, s.score_without_residual, s.ordinary, s.ordinary_without_residual, s.identity, s.cosine)
+        sinks = "moves them" if s.moves_sinks else ""
+        rows.append([str(s.block), *(f"{x:.4f}" for x in numbers), f"{s.norm_ratio:.3f}", sinks])
+        if token_errors is not None:
+            rows[-1] += [f"{error:.3f}" for error in token_errors[index]]
+    if token_errors is not None:
+        header += ["token error median", "90 %", "99 %", "max"]
+    return _table(header, rows, [False] * len(rows))
+
+
+def _table(header: list[str], rows: list[list[str]], marked: list[bool]) -> str:
+    head = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f"<tr{' class=pick' if mark else ''}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
+        for row, mark in zip(rows, marked, strict=True)
+    )
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _draw(figure: go.Figure) -> str:
+    return figure.to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False, "responsive": True})
+
+
+def _page(title: str, sections: list[str]) -> str:
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(sections)}</body></html>"
+    )

@@ -1,0 +1,142 @@
+"""The story of a search: check → prepare → trials → frontier → report. Started again, it goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from shoal.frontier import find_frontier, name_picks
+from shoal.linearity import score_blocks
+from shoal.models import describe_source
+from shoal.moments import Moments
+from shoal.prepare import Listener
+from shoal.recipe import Point
+from shoal.store import write_atomically
+
+from shoal_services.calibrate import prepare_search
+from shoal_services.cluster import check_cluster, connect
+from shoal_services.config import SearchConfig
+from shoal_services.events import SearchEvents, search_key
+from shoal_services.folder import RunFolder, TrialResult
+from shoal_services.report import write_frontier_page, write_linearity_page
+from shoal_services.tracking import Tracker
+from shoal_services.trials import run_trials
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search came to. `num_unsent` records wait in the folder for a tracker that did not answer."""
+
+    folder: Path
+    results: list[TrialResult]
+    frontier: list[Point]
+    tracking_uri: str
+    num_unsent: int
+    tracking_problem: str | None
+
+
+def run_search(config: SearchConfig, listen: Listener, *, num_cpus: int | None = None) -> Outcome:
+    """Searches, or finishes the search that was begun, and leaves frontier, pages and MLflow runs behind.
+
+    Raises ValueError or OSError for what cannot work (before any trial), KeyboardInterrupt after a clean stop.
+    """
+    folder = RunFolder(config.folder)
+    listen("start Ray", 0, 1)
+    connect(config.run.address, num_cpus=num_cpus)
+    concurrent = check_cluster(config.run, folder.root)
+    folder.claim(config)
+    listen("start Ray", 1, 1)
+    prepare_search(config, folder, concurrent, listen)
+    scores = score_blocks(Moments.load(folder.prepared / "moments.safetensors"))
+    write_atomically(folder.root / "linearity.json", json.dumps([dataclasses.asdict(score) for score in scores], indent=2))
+    write_linearity_page(folder.root / "linearity.html", {config.model: scores})
+    listen("linearity", 1, 1)
+
+    tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")
+    parent = search_key(config)
+    tracker.start_run(parent, name=config.name, params=flatten(config.science))
+    events = SearchEvents(config, folder, tracker, on_end=lambda result: _after_trial(config, folder, result, listen))
+    try:
+        results = run_trials(config, folder, concurrent, events, listen)
+        frontier = write_frontier(config, folder)
+        _publish(config, folder, frontier, tracker)
+    except KeyboardInterrupt:
+        tracker.end_orphans(parent)
+        tracker.end_run(parent, "KILLED")
+        raise
+    finally:
+        num_unsent = tracker.close()
+        ray.shutdown()
+    return Outcome(folder.root, results, frontier, tracker.uri, num_unsent, tracker.problem)
+
+
+def _after_trial(config: SearchConfig, folder: RunFolder, result: TrialResult, listen: Listener) -> None:
+    """Frontier and page are whole after every trial, not at the end alone."""
+    write_frontier(config, folder)
+    listen(f"trial {result.key} {result.status}", 1, 1)
+    listen("trials", len(folder.read_results()), config.num_trials)
+
+
+def write_frontier(config: SearchConfig, folder: RunFolder) -> list[Point]:
+    """The frontier of the finished trials, written as JSON and as a page; dominated weights are deleted if so wished."""
+    if config.run.keep_models == "frontier":
+        folder.drop_dominated_models()
+    points = folder.find_points()
+    frontier = find_frontier(points)
+    picks = {name: point.artefact for name, point in name_picks(frontier).items()}
+    payload = {"picks": picks, "frontier": [json.loads(point.model_dump_json()) for point in frontier]}
+    write_atomically(folder.root / "frontier.json", json.dumps(payload, indent=2))
+    write_frontier_page(folder.root / "frontier.html", config.name, points)
+    return frontier
+
+
+def _publish(config: SearchConfig, folder: RunFolder, frontier: list[Point], tracker: Tracker) -> None:
+    """The search's own run, and the frontier's models in the registry."""
+    parent = search_key(config)
+    for name in ("config.json", "frontier.json", "frontier.html", "linearity.json", "linearity.html"):
+        tracker.log_artifact(parent, folder.root / name)
+    tracker.log_table(parent, frontier_columns(frontier), "frontier-table.json")
+    tracker.log_metrics(parent, {"num_trials": len(folder.read_results()), "num_frontier": len(frontier)})
+    model_name = f"shoal-{Path(config.model).name}"
+    tracker.register(
+        model_name, parent, source=describe_source(config.model, config.revision), tags={"kind": "dense"}, aliases=["dense"]
+    )
+    keys = {result.point.artefact: result.key for result in folder.read_results() if result.point}
+    picks = name_picks(frontier)
+    for point in frontier:
+        assert point.artefact is not None
+        tracker.register(
+            model_name,
+            f"{parent}/{keys[point.artefact]}",
+            source=point.artefact,
+            tags={"kind": point.recipe.kind, "perplexity": f"{point.perplexity:.4f}", "sha256": point.artefact_sha256 or ""},
+            aliases=[name for name, pick in picks.items() if pick is point],
+        )
+    tracker.end_orphans(parent)
+    tracker.end_run(parent, "FINISHED")
+
+
+def frontier_columns(frontier: list[Point]) -> dict[str, list]:
+    """The frontier as columns of a table."""
+    return {
+        "blocks replaced": [point.recipe.num_replaced for point in frontier],
+        "kind": [point.recipe.kind for point in frontier],
+        "parameters": [point.num_parameters for point in frontier],
+        "perplexity": [point.perplexity for point in frontier],
+        "standard error": [point.evaluations[0].standard_error for point in frontier],
+        "dense perplexity": [point.evaluations[0].dense_perplexity for point in frontier],
+        "KL to dense": [point.evaluations[0].kl for point in frontier],
+        "folder": [point.artefact for point in frontier],
+    }
+
+
+def flatten(value: dict, prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one, with dotted names."""
+    flat: dict[str, object] = {}
+    for name, inner in value.items():
+        path = f"{prefix}{name}"
+        flat |= flatten(inner, f"{path}.") if isinstance(inner, dict) else {path: inner}
+    return flat

@@ -1,0 +1,186 @@
+"""One trial: a Ray Train job whose workers make, distil, evaluate and store the model of one recipe.
+
+The steps are those of `shoal.compress`; what trials share comes from the search's folder instead of being measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from shoal.compress import Stopwatch, choose, evaluate_all, fit, make_lesson, make_point, name_inputs
+from shoal.corpus import Corpus
+from shoal.distill import DistillationRun
+from shoal.evaluate import Collapsed, measure_size, measure_speeds, score_windows
+from shoal.models import load_model, load_tokenizer
+from shoal.prepare import Listener, Preparation, ignore
+from shoal.recipe import Recipe, fingerprint
+from shoal.replace import Replacement, apply_replacement
+from shoal.store import save, save_point
+from transformers import PreTrainedModel
+
+from shoal_services.config import SearchConfig
+from shoal_services.folder import ProgressFile, RunFolder, TrialResult
+
+# Saving the state of a run takes about a second for SmolLM2-135M with LoRA.
+CHECKPOINT_EVERY_S = 60.0
+
+
+def train_trial(job: dict[str, Any]) -> None:
+    """What each Ray Train worker does with `job` = {config, root, key, assignment}: all ranks train, rank 0 writes.
+
+    A model that collapses, or a recipe that the model cannot fulfil, ends the trial with that result; any other
+    error is raised, and Train starts the workers again from the last checkpoint.
+    """
+    config, folder = SearchConfig.model_validate(job["config"]), RunFolder(Path(job["root"]))
+    torch.set_num_threads(max(1, int(config.run.cpus_per_worker)))
+    trial = Trial(config, folder, job["key"], job["assignment"])
+    try:
+        trial.run()
+    except (Collapsed, ValueError, FloatingPointError) as error:
+        if trial.is_writer:
+            status = "collapsed" if isinstance(error, Collapsed) else "failed"
+            folder.write_result(
+                TrialResult(key=job["key"], assignment=job["assignment"], status=status, reason=str(error))
+            )
+
+
+class Trial:
+    """One worker's part of a trial."""
+
+    def __init__(self, config: SearchConfig, folder: RunFolder, key: str, assignment: dict[str, Any]):
+        self.config, self.folder, self.key, self.assignment = config, folder, key, assignment
+        self.is_writer = ray.train.get_context().get_world_rank() == 0
+        self.watch = Stopwatch()
+        self.listen: Listener = ProgressFile(folder.trial(key) / "progress.json") if self.is_writer else ignore
+        self.held_out_perplexity = float("nan")
+
+    def run(self) -> None:
+        """Load → choose and fit (or take the fit that another trial made) → distil → evaluate → store."""
+        self.listen("load", 0, 1)
+        with self.watch.time("load"):
+            corpus = Corpus.load(self.folder.prepared / "corpus.safetensors")
+            preparation = Preparation.load(self.folder.prepared, len(corpus.evaluation))
+            device = ray.train.torch.get_device()
+            model = load_model(self.config.model, revision=self.config.revision, dtype=self.config.dtype, device=device)
+        recipe = self.config.make_recipe(self.assignment)
+        recipe = recipe.model_copy(update={"weights_sha256": (self.folder.prepared / "weights.sha256").read_text()})
+        recipe = name_inputs(recipe, model, corpus)
+        with self.watch.time("fit"):
+            recipe, replacement = self._fit_once(recipe, model, corpus, preparation)
+            student = copy.deepcopy(model)
+            apply_replacement(student, replacement)
+        size = measure_size(student)
+        with self.watch.time("distil"):
+            student = self._distil(recipe, student, model, corpus, preparation, size.num_parameters)
+        if not self.is_writer:
+            return
+        with self.watch.time("evaluate"):
+            evaluations = evaluate_all(student, corpus, preparation, listen=self.listen)
+            self._require_alive(evaluations[0].perplexity, evaluations[0].dense_perplexity)
+            speeds = measure_speeds([model, student])
+        artefact = self.folder.trial(self.key) / "model"
+        if not artefact.exists():  # it is there if the workers died between here and the result
+            with self.watch.time("store"):
+                save(student, load_tokenizer(str(self.folder.prepared / "tokenizer")), artefact, recipe=recipe)
+        point = make_point(recipe, evaluations, (measure_size(model), size), (speeds[0], speeds[1]), self.watch, student)
+        point = save_point(artefact, point)
+        self.folder.write_result(
+            TrialResult(
+                key=self.key, assignment=self.assignment, status="finished", point=point,
+                held_out_perplexity=self.held_out_perplexity,
+            )
+        )  # fmt: skip
+
+    def _fit_once(
+        self, recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation
+    ) -> tuple[Recipe, Replacement]:
+        """The replacement from `fits/`, put there by rank 0 of the first trial that needs it."""
+        file = self.folder.fits / f"{_fit_key(recipe)}.safetensors"
+        if self.is_writer and not file.exists():
+            chosen = choose(recipe, model, corpus, preparation)
+            fit(chosen, model, corpus, preparation, listen=self.listen).save(file)
+        if dist.is_initialized():
+            dist.barrier()
+        replacement = Replacement.load(file)
+        return recipe.model_copy(update={"blocks": replacement.blocks}), replacement
+
+    def _distil(
+        self, recipe: Recipe, student: PreTrainedModel, model: PreTrainedModel, corpus: Corpus,
+        preparation: Preparation, num_parameters: int,
+    ) -> PreTrainedModel:  # fmt: skip
+        """The distilled student; every check is reported with the sizes that the search's objectives need."""
+        if recipe.distillation is None:
+            scores = score_windows(student, corpus.selection, preparation.selection)
+            self._report(
+                {"step": 0, "held_out_perplexity": float(scores.nll.mean().exp()), "held_out_kl": float(scores.kl.mean())},
+                num_parameters,
+            )
+            return student
+        run = DistillationRun(
+            student, model, make_lesson(corpus, preparation), recipe.distillation,
+            replaced=recipe.blocks or (), seed=recipe.seed,
+        )  # fmt: skip
+        _restore(run)
+        saved_at = time.monotonic()
+        for metrics in run:
+            self.listen("distil", int(metrics["step"]), recipe.distillation.num_steps)
+            if "held_out_perplexity" in metrics:
+                due = time.monotonic() - saved_at > CHECKPOINT_EVERY_S and run.step < recipe.distillation.num_steps
+                self._report(metrics, num_parameters, state=run.state_dict() if due else None)
+                saved_at = time.monotonic() if due else saved_at
+        return run.finish()
+
+    def _report(self, metrics: dict[str, float], num_parameters: int, *, state: dict | None = None) -> None:
+        """Reports to Train, and so to Tune; with a state, also a checkpoint. Every rank calls this alike."""
+        self.held_out_perplexity = metrics["held_out_perplexity"]
+        metrics = {**metrics, "num_parameters": num_parameters, **_measure_system()}
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if state is not None and self.is_writer:
+                torch.save(state, Path(folder) / "state.pt")
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(metrics, checkpoint=checkpoint)
+
+    def _require_alive(self, perplexity: float, dense: float) -> None:
+        ceiling = dense * self.config.search.max_perplexity_ratio
+        if perplexity > ceiling:
+            raise Collapsed(
+                f"perplexity {perplexity:.4g} is over the ceiling {ceiling:.4g} "
+                f"({self.config.search.max_perplexity_ratio:g} × dense {dense:.4g})"
+            )
+
+
+def _fit_key(recipe: Recipe) -> str:
+    """Equal for recipes that have the same replacement before distillation."""
+    fields = {"num_replaced", "blocks", "kind", "rank", "selection", "fit", "refit_down_proj", "ridge"}
+    return fingerprint(recipe.model_dump(mode="json", include=fields))
+
+
+def _restore(run: DistillationRun) -> None:
+    """Goes on from the checkpoint, where workers died before."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            run.load_state_dict(torch.load(Path(folder) / "state.pt", weights_only=True))
+
+
+def _measure_system() -> dict[str, float]:
+    """This worker's load, under the names that MLflow's pages group as system metrics."""
+    process = psutil.Process()
+    metrics = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),
+        "system/process_memory_megabytes": process.memory_info().rss / 1e6,
+        "system/system_memory_usage_percentage": psutil.virtual_memory().percent,
+    }
+    if torch.cuda.is_available():
+        metrics["system/gpu_memory_usage_megabytes"] = torch.cuda.max_memory_allocated() / 1e6
+    return metrics
