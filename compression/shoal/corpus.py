@@ -90,13 +90,13 @@ def load_corpus(
     for window in (texts.window, distillation_window):
         if context and window > context:
             raise ValueError(f"window={window} is longer than the model's context of {context} tokens; choose {context} or less")
-    sources = dict.fromkeys((*texts.train, *texts.evaluation))
-    dealt = {name: _deal(name, texts) for name in sources}
+    documents = {source: load_documents(source) for source in dict.fromkeys((*texts.train, *texts.evaluation))}
+    dealt = {source: deal_documents(documents[source], _roles_of(source, texts)) for source in documents}
 
-    def gather(role: str, names: tuple[str, ...], window: int, num_tokens: int) -> TokenWindows:
-        per_source = max(window, num_tokens // len(names))
+    def gather(role: str, sources: tuple[str, ...], window: int, num_tokens: int) -> TokenWindows:
+        per_source = max(window, num_tokens // len(sources))
         parts = [
-            make_windows(dealt[name][role], tokenizer, name=name, window=window, num_tokens=per_source) for name in names
+            make_windows(dealt[s][role], tokenizer, name=documents[s].name, window=window, num_tokens=per_source) for s in sources
         ]
         return _interleave(parts)
 
@@ -114,11 +114,9 @@ def load_corpus(
     return corpus
 
 
-def _deal(source: str, texts: Texts) -> dict[str, list[str]]:
+def _roles_of(source: str, texts: Texts) -> list[str]:
     roles = list(TRAINING_ROLES) if source in texts.train else []
-    if source in texts.evaluation:
-        roles.append("evaluation")
-    return deal_documents(load_documents(source), roles)
+    return [*roles, "evaluation"] if source in texts.evaluation else roles
 
 
 def _interleave(parts: list[TokenWindows]) -> TokenWindows:
