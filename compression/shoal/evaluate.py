@@ -54,7 +54,8 @@ def score_windows(
         kl = find_divergence(log_probs, top)[:, :-1]
         agreement = (top_ids == top.ids[..., 0])[:, :-1].float()
         nll = token_losses(logits, normalizer, ids)
-        parts.append((nll.mean(1).cpu().double(), kl.mean(1).cpu().double(), agreement.mean(1).cpu().double()))
+        # In float64 like the dense losses, so that the dense model beside itself differs by nothing.
+        parts.append((nll.cpu().double().mean(1), kl.cpu().double().mean(1), agreement.cpu().double().mean(1)))
         on_progress(min(start + batch_size, len(windows)))
     return WindowScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
