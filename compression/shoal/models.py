@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal import modeling_shoal
+from shoal.recipe import Recipe
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ALIASES = ("smollm2-135m", "tiny-random")
@@ -114,6 +115,17 @@ def cache_folder() -> Path:
     """Where converted models are kept: $SHOAL_CACHE, or `shoal` in the user's cache folder."""
     base = os.environ.get("SHOAL_CACHE")
     return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shoal"
+
+
+def recipe_of(name: str) -> Recipe | None:
+    """The recipe in a compressed model's folder, None for other models. Raises ValueError if it is damaged."""
+    file = Path(name) / "recipe.json"
+    if not file.is_file():
+        return None
+    try:
+        return Recipe.model_validate_json(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}") from error
 
 
 def describe_source(name: str, revision: str | None = None) -> str:

@@ -33,16 +33,17 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    environment = {"env_vars": {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}}
+    environment = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
     try:
-        ray.init(
-            address=address or "local",
-            num_cpus=None if address else (num_cpus or os.cpu_count()),
-            runtime_env=environment,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        if address:
+            ray.init(address, runtime_env={"env_vars": environment}, log_to_driver=False, logging_level="ERROR")
+        else:
+            # A local cluster inherits the environment: without a runtime_env, workers start from Ray's warm pool.
+            os.environ.update(environment)
+            ray.init(
+                "local", num_cpus=num_cpus or os.cpu_count(), log_to_driver=False, logging_level="ERROR",
+                _system_config={"worker_maximum_startup_concurrency": 16},
+            )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise ConnectionError(f"no Ray cluster at {address!r}: {first}; check the address, or leave it out to run here") from error
@@ -54,7 +55,7 @@ def check_cluster(run: Run, storage: Path) -> int:
     Raises ValueError for resources that the cluster does not have, storage that is not writable from every node or
     nearly full, and package versions that differ between nodes.
     """
-    _check_writable(storage)
+    check_writable(storage)
     concurrent = count_concurrent_trials(run)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) > 1:
@@ -78,7 +79,8 @@ def count_concurrent_trials(run: Run) -> int:
     return min([*counts, run.max_concurrent_trials or counts[0]])
 
 
-def _check_writable(storage: Path) -> None:
+def check_writable(storage: Path) -> None:
+    """Raises ValueError if files cannot be written under `storage`, or the disk is nearly full."""
     existing = next(path for path in (storage, *storage.parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"storage {str(storage)!r}: {str(existing)!r} is a file; choose another run.storage")

@@ -142,6 +142,19 @@ def _drop_torn_line(spool: Path) -> None:
             spool.write_bytes(data[: data.rfind(b"\n") + 1])
 
 
+def ping(uri: str) -> str:
+    """What an MLflow server at `uri` holds. Raises RuntimeError or OSError if none answers."""
+    for name, value in CLIENT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return f"{uri}: {len(mlflow.MlflowClient(uri).search_experiments())} experiments"
+    except MlflowException as error:
+        raise RuntimeError(str(error)) from error
+
+
 class _Sender:
     """Sends one record at a time with an MLflow client; every record may be sent twice."""
 

@@ -86,6 +86,7 @@ def _fit_tuner(
             max_concurrent_trials=concurrent,
             search_alg=searcher,
             scheduler=HopelessTrialStopper(config, folder),
+            reuse_actors=True,
         ),
         run_config=ray.tune.RunConfig(
             name="tune", storage_path=str(folder.root), callbacks=[events], verbose=0,
@@ -221,3 +222,4 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module=r"(ray|optuna)\..*")
     # Ctrl-C reaches us as KeyboardInterrupt: Tune's own handler would return as if the search had ended.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints a table whatever `verbose` is

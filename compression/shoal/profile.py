@@ -1,0 +1,89 @@
+"""A model looked at without changing it: the linearity of its blocks, or its quality beside the dense model's."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.corpus import Texts, load_corpus
+from shoal.evaluate import evaluate
+from shoal.linearity import RANKING, BlockLinearity, measure_token_errors, score_blocks
+from shoal.models import load_model, load_tokenizer, recipe_of
+from shoal.moments import measure_moments
+from shoal.prepare import Listener, ignore
+from shoal.recipe import Evaluation, Text
+from shoal.teacher import measure_targets
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The linearity of a model's blocks on one text; `token_errors` are quantiles .5, .9, .99 and 1 per block."""
+
+    model: str
+    text: Text
+    scores: list[BlockLinearity]
+    token_errors: list[list[float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The profile as JSON-able values."""
+        blocks = [
+            {**dataclasses.asdict(score), "token_error_quantiles": errors}
+            for score, errors in zip(self.scores, self.token_errors, strict=True)
+        ]
+        return {"model": self.model, "text": self.text.model_dump(), "ranks_by": RANKING, "blocks": blocks}
+
+
+def profile_model(
+    name: str, texts: Texts, *, revision: str | None = None, dtype: str | None = None, listen: Listener = ignore
+) -> Profile:
+    """How linear every block of model `name` is on the calibration text.
+
+    Raises ValueError for a model or text that cannot be used, or too few tokens.
+    """
+    listen("load", 0, 1)
+    model = load_model(name, revision=revision, dtype=dtype)
+    corpus = load_corpus(texts, load_tokenizer(name, revision=revision), model.config)
+    listen("load", 1, 1)
+    windows = corpus.calibration
+    moments = measure_moments(model, windows, on_progress=lambda done: listen("moments", done, len(windows)))
+    scores = score_blocks(moments)
+    listen("token errors", 0, 1)
+    errors = measure_token_errors(model, corpus.selection, moments).tolist()
+    listen("token errors", 1, 1)
+    text = Text(name=windows.name, sha256=windows.sha256, num_tokens=windows.num_tokens)
+    return Profile(name, text, scores, errors)
+
+
+def evaluate_beside(
+    name: str, dense: str | None, texts: Texts, *, dtype: str | None = None, listen: Listener = ignore
+) -> list[Evaluation]:
+    """Model `name` on every evaluation text, beside the dense model that its recipe names (or `dense`).
+
+    Raises ValueError if no dense model is known, or the two do not share their vocabulary.
+    """
+    recipe = recipe_of(name)
+    if dense is None and recipe is None:
+        raise ValueError(f"{name!r} has no recipe.json that names its dense model; give --dense")
+    base, revision = (dense, None) if dense else (recipe.base_model, recipe.revision)  # type: ignore[union-attr]
+    assert base is not None
+    listen("load", 0, 1)
+    model, teacher = load_model(name, dtype=dtype), load_model(base, revision=revision, dtype=dtype)
+    if model.config.vocab_size != teacher.config.vocab_size:
+        raise ValueError(
+            f"{name!r} has {model.config.vocab_size} tokens and {base!r} has {teacher.config.vocab_size}: not the same tokenizer"
+        )
+    corpus = load_corpus(texts, load_tokenizer(base, revision=revision), teacher.config)
+    listen("load", 1, 1)
+    results = []
+    for windows in corpus.evaluation:
+        stage, total = f"evaluate on {windows.name}", 2 * len(windows)
+        targets = measure_targets(teacher, windows, on_progress=lambda done, s=stage, t=total: listen(s, done, t))
+        done_before = len(windows)
+        results.append(
+            evaluate(
+                model, windows, targets,
+                on_progress=lambda done, s=stage, t=total, b=done_before: listen(s, b + done, t),
+            )
+        )  # fmt: skip
+    return results

@@ -1,0 +1,187 @@
+"""What a person sees in the terminal: progress with time left, tables, and errors of one screen."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from shoal.frontier import name_picks
+from shoal.linearity import RANKING_REASON, BlockLinearity
+from shoal.recipe import Evaluation, Point
+
+from shoal_services.doctor import Check
+from shoal_services.folder import read_progress
+
+console = Console(stderr=True, highlight=False)
+output = Console(highlight=False)
+
+
+class ProgressDisplay:
+    """A listener (stage, done, total) that draws one bar a stage, with the time that is left."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description:<28}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", style="dim"), console=console,
+        )  # fmt: skip
+        self.tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.tasks:
+            self.tasks[stage] = self.progress.add_task(stage, total=total, note="")
+        self.progress.update(self.tasks[stage], completed=done, total=total)
+
+    def say(self, line: str) -> None:
+        """A line above the bars."""
+        self.progress.console.print(line)
+
+    def note(self, stage: str, text: str) -> None:
+        """A remark behind a bar."""
+        if stage in self.tasks:
+            self.progress.update(self.tasks[stage], note=text)
+
+
+@contextmanager
+def show_progress() -> Iterator[ProgressDisplay]:
+    """Bars while the block runs; where the error output is no terminal, a line a stage."""
+    display = ProgressDisplay()
+    with display.progress:
+        yield display
+
+
+@contextmanager
+def watch_trials(display: ProgressDisplay, trials: Path) -> Iterator[None]:
+    """Behind the bar of trials, what each running trial is doing."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(1.0):
+            running = []
+            for file in sorted(trials.glob("*/progress.json")):
+                progress = read_progress(file)
+                if progress and not (file.parent / "result.json").exists():
+                    stage, done, total = progress
+                    running.append(f"{stage} {done}/{total}")
+            display.note("trials", " · ".join(running))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def linearity_table(name: str, scores: Sequence[BlockLinearity]) -> Table:
+    """The blocks of a model with their scores; the most linear third stands out."""
+    table = Table(title=f"Linearity of {name}", caption=f"Ranked by “held out”: {RANKING_REASON}.", caption_justify="left")
+    for column in ("block", "held out", "all tokens", "w/o residual", "identity", "cosine", "norm ratio", "note"):
+        table.add_column(column, justify="left" if column == "note" else "right")
+    linear = sorted(scores, key=lambda s: -s.held_out)[: len(scores) // 3]
+    for score in scores:
+        note = "makes or erases sinks: stays" if score.moves_sinks else ""
+        if score.held_out <= score.identity:
+            note = note or "no map beats the identity"
+        numbers = (score.held_out, score.score, score.score_without_residual, score.identity, score.cosine, score.norm_ratio)
+        table.add_row(str(score.block), *(f"{x:.4f}" for x in numbers), note, style="bold" if score in linear else None)
+    return table
+
+
+def frontier_table(name: str, frontier: Sequence[Point]) -> Table:
+    """The frontier below the dense model."""
+    table = Table(title=f"Frontier of {name}", caption=_caption(frontier), caption_justify="left")
+    for column in ("", "replaced", "kind", "parameters", "perplexity", "× dense", "KL", "KV B/token", "decode"):
+        table.add_column(column, justify="left" if column in ("", "kind") else "right")
+    if not frontier:
+        return table
+    dense, first = frontier[0], frontier[0].evaluations[0]
+    table.add_row(
+        "dense", "0", "", f"{dense.dense_size.num_parameters / 1e6:.1f} M",
+        f"{first.dense_perplexity:.2f} ± {first.dense_standard_error:.2f}", "1", "0",
+        f"{dense.dense_size.kv_bytes_per_token:,}", "× 1",
+    )  # fmt: skip
+    names: dict[int, str] = {}
+    for pick, point in name_picks(frontier).items():
+        names[id(point)] = ", ".join(filter(None, (names.get(id(point)), pick)))
+    for point in reversed(frontier):
+        table.add_row(names.get(id(point), ""), *frontier_cells(point))
+    return table
+
+
+def frontier_cells(point: Point) -> list[str]:
+    """A point's row, but for its name."""
+    first, recipe = point.evaluations[0], point.recipe
+    speedup = ""
+    if point.speed and point.dense_speed:
+        speedup = f"× {point.speed.decode_tokens_per_s / point.dense_speed.decode_tokens_per_s:.2f}"
+    return [
+        str(recipe.num_replaced),
+        recipe.kind + (f"({recipe.rank})" if recipe.rank else ""),
+        f"{point.num_parameters / 1e6:.1f} M",
+        f"{first.perplexity:.2f} ± {first.standard_error:.2f}",
+        f"{math.exp(first.log_ratio):.3f} ± {math.exp(first.log_ratio) * first.log_ratio_standard_error:.3f}",
+        f"{first.kl:.3f}",
+        f"{point.size.kv_bytes_per_token:,}",
+        speedup,
+    ]
+
+
+def _caption(frontier: Sequence[Point]) -> str:
+    if not frontier:
+        return "No trial has finished yet."
+    point = frontier[0]
+    text = point.evaluations[0].text
+    return (
+        f"Perplexity on {text.name}, {text.num_tokens:,} tokens, {point.recipe.dtype} on {point.device}; "
+        "± one standard error over windows (of the ratio: paired)."
+    )
+
+
+def point_table(point: Point) -> Table:
+    """One compressed model beside the dense one."""
+    table = Table(title=f"{point.recipe.base_model}, {point.recipe.num_replaced} blocks {point.recipe.kind}")
+    for column in ("", "dense", "compressed"):
+        table.add_column(column, justify="left" if not column else "right")
+    for e in point.evaluations:
+        dense = f"{e.dense_perplexity:.2f} ± {e.dense_standard_error:.2f}"
+        table.add_row(f"perplexity, {e.text.name} ({e.text.num_tokens:,})", dense, f"{e.perplexity:.2f} ± {e.standard_error:.2f}")
+        table.add_row("KL to dense, nats per token", "0", f"{e.kl:.4f} ± {e.kl_standard_error:.4f}")
+        table.add_row("same top token", "100 %", f"{e.top1_agreement:.1%}")
+    table.add_row("parameters", f"{point.dense_size.num_parameters:,}", f"{point.size.num_parameters:,}")
+    table.add_row("KV cache, bytes per token", f"{point.dense_size.kv_bytes_per_token:,}", f"{point.size.kv_bytes_per_token:,}")
+    if point.speed and point.dense_speed:
+        for label, field in (("prefill, tokens/s", "prefill_tokens_per_s"), ("decode, tokens/s", "decode_tokens_per_s")):
+            table.add_row(label, f"{getattr(point.dense_speed, field):,.1f}", f"{getattr(point.speed, field):,.1f}")
+    table.add_row("blocks replaced", "", " ".join(map(str, point.recipe.blocks or ())))
+    return table
+
+
+def evaluation_table(name: str, evaluations: Sequence[Evaluation]) -> Table:
+    """A model's quality on each text beside the dense model's."""
+    table = Table(title=name, caption="± one standard error over windows (of the ratio: paired).", caption_justify="left")
+    for column in ("text", "tokens", "dense perplexity", "perplexity", "× dense", "KL", "same top token"):
+        table.add_column(column, justify="left" if column == "text" else "right")
+    for e in evaluations:
+        ratio = math.exp(e.log_ratio)
+        table.add_row(
+            e.text.name, f"{e.text.num_tokens:,}", f"{e.dense_perplexity:.2f} ± {e.dense_standard_error:.2f}",
+            f"{e.perplexity:.2f} ± {e.standard_error:.2f}", f"{ratio:.3f} ± {ratio * e.log_ratio_standard_error:.3f}",
+            f"{e.kl:.4f} ± {e.kl_standard_error:.4f}", f"{e.top1_agreement:.1%}",
+        )  # fmt: skip
+    return table
+
+
+def doctor_table(checks: Sequence[Check]) -> Table:
+    """What was checked, what was found, and what to do where it is wrong."""
+    table = Table(show_header=False)
+    for check in checks:
+        mark = "[green]ok[/green]" if check.passed else "[red]no[/red]"
+        table.add_row(mark, check.name, check.finding + (f"\n→ {check.remedy}" if check.remedy and not check.passed else ""))
+    return table
