@@ -1,0 +1,236 @@
+"""Students learn, runs resume, and neither passes, caches nor ranks change what is learned."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import make_ids, make_model
+from shoal.blocks import find_blocks
+from shoal.distill import DistillationRun, Diverged, Lesson
+from shoal.evaluate import score_windows
+from shoal.recipe import Distillation
+from shoal.replace import AffineMap, Replacement, apply_replacement
+from shoal.teacher import measure_targets
+from shoal.text import TokenWindows
+
+WINDOWS = TokenWindows(make_ids(16, 16), "train")
+HELD_OUT = TokenWindows(make_ids(8, 16, seed=1), "held out")
+LOSSES = [{}, {"layer_mse": 1}, {"square_head": 1}, {"cosine": 1}, {"layer_mse": 1, "square_head": 1, "cosine": 1}]
+
+
+@pytest.fixture
+def teacher():
+    return make_model("llama")
+
+
+def make_student(teacher, *, blocks: tuple[int, ...] = (2,), kind: str = "linear"):
+    student = copy.deepcopy(teacher)
+    identity = AffineMap(torch.zeros(32, 32), torch.zeros(32))
+    apply_replacement(student, Replacement(blocks, {} if kind == "dropped" else {blocks[0]: identity}))
+    return student
+
+
+def settings(num_steps: int = 24, **changes) -> Distillation:
+    changes = {"window": 16, "windows_per_step": 4, "learning_rate": 3e-3, "lora_rank": 4, "trained": "maps", **changes}
+    return Distillation(num_tokens=num_steps * changes["window"] * changes["windows_per_step"], **changes)
+
+
+def make_run(teacher, *, student=None, lesson: Lesson | None = None, blocks=(2,), **changes) -> DistillationRun:
+    student = student if student is not None else make_student(teacher, blocks=blocks)
+    return DistillationRun(student, teacher, lesson or Lesson(WINDOWS), settings(**changes), replaced=blocks)
+
+
+def losses_of(run: DistillationRun) -> list[float]:
+    return [metrics["loss"] for metrics in run if "loss" in metrics]
+
+
+def held_out_kl(model, teacher) -> float:
+    return float(score_windows(model, HELD_OUT, measure_targets(teacher, HELD_OUT)).kl.mean())
+
+
+def assert_same_weights(found, expected, **tolerance) -> None:
+    for (name, p), (other, q) in zip(found.named_parameters(), expected.named_parameters(), strict=True):
+        assert name == other
+        torch.testing.assert_close(p, q, **tolerance)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dropped"])
+@pytest.mark.parametrize("trained", ["maps", "lora", "all"])
+def test_every_way_to_train_lowers_the_divergence(teacher, trained, kind):
+    if (trained, kind) == ("maps", "dropped"):
+        pytest.skip("nothing to train: refused, see below")
+    student = make_student(teacher, kind=kind)
+    before = held_out_kl(student, teacher)
+    untouched = student.lm_head.weight.clone()
+    run = make_run(teacher, student=student, lesson=Lesson(WINDOWS, held_out=HELD_OUT), trained=trained)
+    checks = [metrics["held_out_kl"] for metrics in run if "held_out_kl" in metrics]
+    student = run.finish()
+    assert checks[0] == pytest.approx(before, rel=1e-6)
+    assert held_out_kl(student, teacher) == pytest.approx(min(checks), rel=1e-4)
+    assert min(checks) < 0.97 * before
+    assert not any(p.requires_grad for p in student.parameters())
+    assert not any("lora" in name for name, _ in student.named_parameters())
+    assert torch.equal(student.lm_head.weight, untouched) == (trained != "all")
+
+
+def test_only_maps_change_where_only_maps_are_trained(teacher):
+    student = make_student(teacher)
+    run = make_run(teacher, student=student, num_steps=2)
+    list(run)
+    dense = dict(teacher.named_parameters())
+    kept = {name: p for name, p in run.finish().named_parameters() if "linear_" not in name}
+    assert len(kept) == len(dense) - len(list(find_blocks(teacher)[2].parameters()))
+    assert all(any(torch.equal(p, q) for q in dense.values() if q.shape == p.shape) for p in kept.values())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("logit_kl", [0, 1])
+@pytest.mark.parametrize("blocks", [(0,), (2, 3), (4,)])
+def test_every_loss_goes_down(teacher, loss, logit_kl, blocks):
+    if not loss and not logit_kl:
+        pytest.skip("no loss at all: refused by the recipe")
+    run = make_run(
+        teacher, blocks=blocks, num_steps=12, loss={"logit_kl": logit_kl, **loss}, windows_per_step=16, windows_per_pass=16
+    )
+    losses = losses_of(run)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("loss", LOSSES[1:])
+@pytest.mark.parametrize("blocks", [(0,), (2, 3), (1, 4)])
+def test_a_perfect_student_has_nothing_to_learn(teacher, loss, blocks):
+    """Blocks that do nothing, replaced by maps that do nothing: student and teacher streams are compared in step."""
+    with torch.no_grad():
+        for block in blocks:
+            find_blocks(teacher)[block].self_attn.o_proj.weight.zero_()
+            find_blocks(teacher)[block].mlp.down_proj.weight.zero_()
+    run = make_run(teacher, student=make_student(teacher, blocks=blocks), blocks=blocks, loss=loss, num_steps=1)
+    assert losses_of(run)[0] == pytest.approx(0, abs=1e-5)
+
+
+def save_and_load(state: dict) -> dict:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("trained", ["maps", "lora", "all"])
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(teacher, trained, stop):
+    def start() -> DistillationRun:
+        torch.manual_seed(0)  # LoRA begins at random
+        return make_run(teacher, lesson=Lesson(WINDOWS, held_out=HELD_OUT), trained=trained, num_steps=8)
+
+    whole, first, second = start(), start(), start()
+    metrics = list(whole)
+    list(itertools.islice(first, 1 + stop))  # the first yield is the check before any step
+    second.load_state_dict(save_and_load(first.state_dict()))
+    assert list(second) == metrics[1 + stop :]
+    assert_same_weights(second.finish(), whole.finish(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("windows_per_pass", [1, 3])
+def test_passes_do_not_change_the_step(teacher, windows_per_pass):
+    one, many = (make_run(teacher, windows_per_pass=count, num_steps=6) for count in (4, windows_per_pass))
+    assert losses_of(many) == pytest.approx(losses_of(one), rel=1e-4)
+    assert_same_weights(many.finish(), one.finish(), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_targets_measured_before_teach_like_the_teacher(teacher, temperature):
+    cached = Lesson(WINDOWS, measure_targets(teacher, WINDOWS, temperatures=(1.0, temperature)[temperature == 1.0 :]))
+    live = make_run(teacher, temperature=temperature, num_steps=6)
+    without = DistillationRun(make_student(teacher), None, cached, settings(6, temperature=temperature), replaced=(2,))
+    assert losses_of(without) == pytest.approx(losses_of(live), rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss": {"logit_kl": 0, "cosine": 1}}])
+def test_what_needs_the_teacher_is_refused_without_it(teacher, changes):
+    with pytest.raises(ValueError, match="give teacher"):
+        DistillationRun(make_student(teacher), None, Lesson(WINDOWS), settings(**changes), replaced=(2,))
+
+
+def test_maps_cannot_be_trained_where_there_are_none(teacher):
+    with pytest.raises(ValueError, match="nothing to train: trained='maps' needs kind='linear'"):
+        make_run(teacher, student=make_student(teacher, kind="dropped"))
+
+
+def test_an_absurd_learning_rate_diverges_and_keeps_the_last_good_weights(teacher):
+    run = make_run(teacher, lesson=Lesson(WINDOWS, held_out=HELD_OUT), trained="all", learning_rate=1e30)
+    with pytest.raises(Diverged, match=r"at step \d of 24 with learning_rate=1e\+30.*use a lower learning rate"):
+        list(run)
+    assert_same_weights(run.finish(), make_student(teacher), rtol=0, atol=0)
+
+
+def test_poisoned_weights_diverge_at_once(teacher):
+    student = make_student(teacher)
+    with torch.no_grad():
+        student.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(Diverged, match="became nan at step 1"):
+        list(make_run(teacher, student=student))
+
+
+def test_the_best_checked_weights_are_the_ones_that_stay(teacher):
+    """A learning rate far too high makes all later checks worse than the first."""
+    run = make_run(teacher, lesson=Lesson(WINDOWS, held_out=HELD_OUT), learning_rate=1.0, num_steps=8)
+    checks = [metrics["held_out_kl"] for metrics in run]
+    assert min(checks[1:]) > checks[0]
+    assert_same_weights(run.finish(), make_student(teacher), rtol=0, atol=0)
+
+
+def test_patience_stops_early(teacher):
+    lesson = Lesson(WINDOWS, held_out=HELD_OUT)
+    patient, impatient = (list(make_run(teacher, lesson=lesson, learning_rate=1.0, patience=p)) for p in (None, 2))
+    assert patient[-1]["step"] == 24
+    assert impatient[-1]["step"] == 6  # a check every third step, two of them in vain
+    assert impatient == patient[: len(impatient)]
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing(teacher):
+    rates = [metrics["learning_rate"] for metrics in make_run(teacher, num_steps=20, warmup_fraction=0.2)]
+    assert rates[:4] == sorted(rates[:4])
+    assert rates[4] == max(rates) == pytest.approx(3e-3)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] < 0.02 * rates[4]
+
+
+def test_every_window_is_seen_once_an_epoch(teacher):
+    run = make_run(teacher, windows_per_step=3)
+    seen = []
+    for run.step in range(16):
+        seen += run._rows_of_step().tolist()
+    assert [sorted(seen[i : i + 16]) for i in (0, 16, 32)] == [list(range(16))] * 3
+    assert seen[:16] != seen[16:32]
+
+
+STEPS_OF_RANKS = (4, 3, 1)  # shared equally, unequally, and with nothing to do for one
+
+
+def train_on_rank(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    found = []
+    for windows_per_step in STEPS_OF_RANKS:
+        run = make_run(make_model("llama"), num_steps=6, windows_per_step=windows_per_step)
+        found.append((losses_of(run), list(run.finish().parameters())))
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_learn_what_one_does(teacher, tmp_path):
+    torch.multiprocessing.spawn(train_on_rank, (2, tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for windows_per_step, *found in zip(STEPS_OF_RANKS, *ranks, strict=True):
+        alone = make_run(teacher, num_steps=6, windows_per_step=windows_per_step)
+        expected, parameters = losses_of(alone), list(alone.finish().parameters())
+        for losses, weights in found:
+            assert losses == pytest.approx(expected, rel=1e-4)
+            for p, q in zip(weights, parameters, strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-4)
