@@ -1,7 +1,7 @@
 """Depth compression of transformer language models.
 
-    point = shoal.compress("smollm2-135m", "out/smol-24", num_replaced=6)
-    model = shoal.load("out/smol-24")
+point = shoal.compress("smollm2-135m", "out/smol-24", num_replaced=6)
+model = shoal.load("out/smol-24")
 """
 
 from __future__ import annotations

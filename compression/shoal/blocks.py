@@ -76,7 +76,9 @@ def check_block_indices(indices: Iterable[int], depth: int) -> None:
     if outside:
         raise ValueError(f"blocks {outside} do not exist: the model has blocks 0 to {depth - 1}")
     if len(indices) >= depth:
-        raise ValueError(f"cannot replace {len(indices)} of {depth} blocks: at least one must stay; choose {depth - 1} or fewer")
+        raise ValueError(
+            f"cannot replace {len(indices)} of {depth} blocks: at least one must stay; choose {depth - 1} or fewer"
+        )
 
 
 def first_tensor(output: Tensor | tuple) -> Tensor:
@@ -176,7 +178,9 @@ def find_down_proj(block: nn.Module, hidden_size: int) -> nn.Linear | Conv1D | N
     candidates = [
         module
         for name, module in block.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and "att" not in name and width_out(module) == hidden_size != width_in(module)
+        if isinstance(module, (nn.Linear, Conv1D))
+        and "att" not in name
+        and width_out(module) == hidden_size != width_in(module)
     ]
     normed = any(name.startswith(("post_feedforward", "post_mlp")) and "norm" in name for name, _ in block.named_modules())
     return candidates[0] if len(candidates) == 1 and not normed else None

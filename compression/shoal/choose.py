@@ -22,6 +22,16 @@ from shoal.text import TokenWindows
 SHORTLIST = 4
 
 
+# `linearity` is what ranks unless something else is asked for (see `shoal.linearity.RANKING_REASON`);
+# `linearity_in_sample` is the paper's score, which sinks lift to 0.99 in the middle of most models.
+RANKINGS: dict[str, Callable[[BlockLinearity], float]] = {
+    "linearity": lambda score: score.held_out,
+    "linearity_in_sample": lambda score: score.score,
+    "linearity_without_residual": lambda score: score.held_out_without_residual,
+    "cosine": lambda score: score.cosine,
+}
+
+
 def protected_blocks(scores: list[BlockLinearity]) -> set[int]:
     """Blocks that stay: the first, the last, and those that make or erase sinks.
 
@@ -53,10 +63,8 @@ def choose_blocks(
         )
     if recipe.selection == "window":
         return _most_alike_window(moments, recipe.num_replaced, {score.block for score in free})
-    if recipe.selection == "cosine":
-        free.sort(key=lambda score: -score.cosine)
-    else:
-        free.sort(key=lambda score: -score.held_out)
+    rank = RANKINGS.get(recipe.selection, RANKINGS["linearity"])
+    free.sort(key=rank, reverse=True)
     if recipe.selection == "greedy_kl":
         assert rank_by_kl is not None
         return _grow_greedily([score.block for score in free], recipe.num_replaced, rank_by_kl)

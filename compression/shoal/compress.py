@@ -24,6 +24,7 @@ from shoal.store import save, save_point
 from shoal.text import TokenWindows
 from shoal.walk import fit_in_order
 
+
 @dataclass
 class Stopwatch:
     """Seconds spent, by stage."""

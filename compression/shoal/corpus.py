@@ -69,7 +69,9 @@ class Corpus:
             evaluation = [roles.pop(role) for role in sorted(roles) if role.startswith("evaluation.")]
             return cls(evaluation=tuple(evaluation), **roles)
         except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(f"token windows {str(path)!r} are damaged ({error}); delete the file and start again") from error
+            raise ValueError(
+                f"token windows {str(path)!r} are damaged ({error}); delete the file and start again"
+            ) from error
 
 
 def load_corpus(
@@ -89,14 +91,17 @@ def load_corpus(
     context = getattr(config, "max_position_embeddings", None)
     for window in (texts.window, distillation_window):
         if context and window > context:
-            raise ValueError(f"window={window} is longer than the model's context of {context} tokens; choose {context} or less")
+            raise ValueError(
+                f"window={window} is longer than the model's context of {context} tokens; choose {context} or less"
+            )
     documents = {source: load_documents(source) for source in dict.fromkeys((*texts.train, *texts.evaluation))}
     dealt = {source: deal_documents(documents[source], _roles_of(source, texts)) for source in documents}
 
     def gather(role: str, sources: tuple[str, ...], window: int, num_tokens: int) -> TokenWindows:
         per_source = max(window, num_tokens // len(sources))
         parts = [
-            make_windows(dealt[s][role], tokenizer, name=documents[s].name, window=window, num_tokens=per_source) for s in sources
+            make_windows(dealt[s][role], tokenizer, name=documents[s].name, window=window, num_tokens=per_source)
+            for s in sources
         ]
         return _interleave(parts)
 

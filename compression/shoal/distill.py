@@ -29,6 +29,8 @@ from shoal.teacher import TeacherTargets, find_normalizer, measure_targets
 from shoal.text import TokenWindows
 
 NUM_CHECKS = 8
+# A check costs about as much as half a step.
+MIN_STEPS_PER_CHECK = 4
 NUM_TOP = 64
 
 
@@ -49,7 +51,7 @@ class Lesson:
 class DistillationRun:
     """Iterating trains; each step yields {step, num_tokens, loss, learning_rate, gradient_norm, …}.
 
-    Every `num_steps / 8` steps it also yields `held_out_kl` and `held_out_perplexity`; the weights with the lowest
+    Eight times at most, and after the last step, it also yields `held_out_kl` and `held_out_perplexity`; the weights with the lowest
     `held_out_kl` are the ones that `finish` leaves. Raises `Diverged` on a loss that is not finite, ValueError if
     there is nothing to train.
     """
@@ -72,7 +74,9 @@ class DistillationRun:
         self.kept = [block for block in range(depth) if block not in replaced]
         self.first_changed = min(replaced, default=0)
         self.dtype = student.dtype
-        self.student = _select_trained(student, settings)
+        with torch.random.fork_rng([student.device] if student.device.type == "cuda" else []):
+            torch.manual_seed(seed)  # LoRA begins at random
+            self.student = _select_trained(student, settings)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         # A parameter of its own group for maps and biases would not help: no weight decay by default.
         self.optimizer = torch.optim.AdamW(
@@ -85,14 +89,12 @@ class DistillationRun:
 
     def __iter__(self) -> Iterator[dict[str, float]]:
         self.student.train()
-        check_every = max(1, self.settings.num_steps // NUM_CHECKS)
+        check_every = max(MIN_STEPS_PER_CHECK, self.settings.num_steps // NUM_CHECKS)
         if self.step == 0 and self.lesson.held_out is not None:
             yield {"step": 0, "num_tokens": 0, **self._check()}
         while self.step < self.settings.num_steps:
             metrics = self._take_step()
-            if self.lesson.held_out is not None and (
-                self.step % check_every == 0 or self.step == self.settings.num_steps
-            ):
+            if self.lesson.held_out is not None and (self.step % check_every == 0 or self.step == self.settings.num_steps):
                 metrics |= self._check()
             yield metrics
             if self.settings.patience and self.checks_since_best >= self.settings.patience:

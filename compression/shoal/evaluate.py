@@ -115,7 +115,9 @@ def measure_size(model: PreTrainedModel) -> Size:
 
 
 @torch.no_grad()
-def measure_speeds(models: list[PreTrainedModel], *, num_prompt: int = 256, num_new: int = 16, rounds: int = 3) -> list[Speed]:
+def measure_speeds(
+    models: list[PreTrainedModel], *, num_prompt: int = 256, num_new: int = 16, rounds: int = 3
+) -> list[Speed]:
     """Median prefill and decode speed of each model for one sequence, in turns so that noise hits all alike."""
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     for round_index in range(rounds + 1):

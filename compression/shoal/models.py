@@ -214,7 +214,9 @@ def _require_causal(model: PreTrainedModel, name: str) -> None:
     # Two rows of one batch are computed alike: only rounding is left, relative to the largest logit.
     tolerance = float(logits.abs().max()) * (1e-4 if model.dtype == torch.float32 else 1e-2)
     if not torch.allclose(logits[0, :3], logits[1, :3], rtol=0, atol=tolerance, equal_nan=True):
-        raise ValueError(f"{name!r} ({model.config.model_type}) looks at later tokens: it is an encoder; Shoal needs a causal decoder")
+        raise ValueError(
+            f"{name!r} ({model.config.model_type}) looks at later tokens: it is an encoder; Shoal needs a causal decoder"
+        )
 
 
 def _explain(error: Exception) -> str:

@@ -126,7 +126,14 @@ class Moments:
         grams = [Gram.zeros(num_blocks, hidden_size, hidden_size, device) for _ in range(4)]
         boundaries = num_blocks + 1
         return cls(
-            *grams, vector(num_blocks), vector(num_blocks), vector(boundaries, boundaries), vector(1), vector(boundaries), 0, source
+            *grams,
+            vector(num_blocks),
+            vector(num_blocks),
+            vector(boundaries, boundaries),
+            vector(1),
+            vector(boundaries),
+            0,
+            source,
         )
 
     @property

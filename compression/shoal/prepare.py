@@ -55,6 +55,8 @@ def prepare(model: PreTrainedModel, corpus: Corpus, *, listen: Listener = ignore
     for windows in texts:
         before = sum(len(measured.nll) for measured in targets)
         targets.append(
-            measure_targets(model, windows, on_progress=lambda done, before=before: listen("dense model", before + done, total))
+            measure_targets(
+                model, windows, on_progress=lambda done, before=before: listen("dense model", before + done, total)
+            )
         )
     return Preparation(moments, targets[0], tuple(targets[1:]))

@@ -12,7 +12,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Kind = Literal["linear", "low_rank", "folded", "dropped"]
-Selection = Literal["linearity", "cosine", "window", "greedy_kl", "listed"]
+Selection = Literal[
+    "linearity", "linearity_in_sample", "linearity_without_residual", "cosine", "window", "greedy_kl", "listed"
+]
 Fit = Literal["in_order", "independent"]
 Trained = Literal["maps", "lora", "all"]
 
@@ -112,6 +114,8 @@ class Recipe(Value):
             raise ValueError("selection='listed' needs blocks; name them or choose another selection")
         if (self.kind == "low_rank") != (self.rank is not None):
             raise ValueError(f"kind={self.kind!r} with rank={self.rank!r}: give rank with kind='low_rank', and only there")
+        if self.kind in ("folded", "dropped") and self.distillation and self.distillation.trained == "maps":
+            raise ValueError(f"kind={self.kind!r} leaves no maps to train; use trained='lora' or 'all'")
         if self.kind == "folded" and self.fit == "independent":
             raise ValueError("kind='folded' is fitted along the student's own stream; use fit='in_order'")
         return self

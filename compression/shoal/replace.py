@@ -69,7 +69,6 @@ class Replacement:
     maps: dict[int, AffineMap] = field(default_factory=dict)
     down_proj: dict[int, Tensor] = field(default_factory=dict)
 
-
     def save(self, path: Path) -> None:
         """Writes a safetensors file, aside and renamed."""
         tensors = {f"down_proj.{block}": weight for block, weight in self.down_proj.items()}
@@ -90,7 +89,9 @@ class Replacement:
                 blocks = tuple(int(block) for block in file.metadata()["blocks"].split(",") if block)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"fitted replacement {str(path)!r} is damaged ({error}); delete the file to fit again") from error
+            raise ValueError(
+                f"fitted replacement {str(path)!r} is damaged ({error}); delete the file to fit again"
+            ) from error
         replacement = cls(blocks)
         for name, tensor in tensors.items():
             what, block, *part = name.split(".")
@@ -122,7 +123,9 @@ def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
     blocks, config = find_blocks(model), text_config(model)
     check_block_indices(replacement.blocks, len(blocks))
     if getattr(config, "linear_blocks", None):
-        raise ValueError("this model holds linear blocks already; start from its dense model and replace all blocks at once")
+        raise ValueError(
+            "this model holds linear blocks already; start from its dense model and replace all blocks at once"
+        )
     for index, weight in replacement.down_proj.items():
         projection = find_down_proj(blocks[index], config.hidden_size)
         assert projection is not None

@@ -70,7 +70,9 @@ class TeacherTargets:
             }
             return cls(tensors["ids"], tensors["logits"], normalizers, tensors["nll"], text_sha256)
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"teacher targets {str(path)!r} are damaged ({error}); delete the file and measure again") from error
+            raise ValueError(
+                f"teacher targets {str(path)!r} are damaged ({error}); delete the file and measure again"
+            ) from error
 
 
 def choose_batch_size(model: PreTrainedModel, window: int) -> int:

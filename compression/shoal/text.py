@@ -24,6 +24,8 @@ TEXT_FIELDS = ("text", "content", "document", "story", "article")
 SHARES = {"calibration": 0.4, "distillation": 0.4, "selection": 0.08, "evaluation": 0.12}
 # 48 tokens are about 200 characters: shorter runs recur in independent texts (quotations, boilerplate, tables).
 LEAK_NGRAM = 48
+# Of a larger data set the first ones are used: some hundred million tokens.
+MAX_DOCUMENTS = 200_000
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,14 @@ def _read_hub(source: str) -> Documents:
 
 
 def _from_columns(name: str, dataset) -> Documents:
-    columns = [c for c, feature in dataset.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
+    columns = [
+        c for c, feature in dataset.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")
+    ]
     named = [c for c in TEXT_FIELDS if c in columns] or (columns if len(columns) == 1 else [])
     if not named:
         raise ValueError(f"{name!r} has the text columns {columns}: rename the one to use to 'text'")
-    return Documents(name, [text or "" for text in dataset[named[0]]])
+    rows = dataset.select(range(min(len(dataset), MAX_DOCUMENTS)))
+    return Documents(name, [text or "" for text in rows[named[0]]])
 
 
 def _first_line(error: Exception) -> str:

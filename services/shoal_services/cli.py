@@ -21,7 +21,9 @@ Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or a pac
 TrainText = Annotated[
     list[str], typer.Option("--text", help="Text to fit and distil on: Hub dataset, .txt, .jsonl, .parquet. Repeatable.")
 ]
-EvaluationText = Annotated[list[str], typer.Option(help="Text to evaluate on; other than --text, or shared out. Repeatable.")]
+EvaluationText = Annotated[
+    list[str], typer.Option(help="Text to evaluate on; other than --text, or shared out. Repeatable.")
+]
 Tokens = Annotated[int, typer.Option(help="Tokens to calibrate on; at least 9 per hidden dimension.")]
 EvaluationTokens = Annotated[int, typer.Option(help="Tokens of each evaluation text.")]
 Window = Annotated[int, typer.Option(help="Tokens per window in calibration and evaluation.")]
@@ -43,6 +45,8 @@ class SelectionName(StrEnum):
     """How blocks are chosen."""
 
     linearity = "linearity"
+    linearity_in_sample = "linearity_in_sample"
+    linearity_without_residual = "linearity_without_residual"
     cosine = "cosine"
     window = "window"
     greedy_kl = "greedy_kl"
@@ -161,7 +165,9 @@ def search(
     config: Annotated[Path, typer.Argument(help="A search: a YAML file as in tune_configs/.")],
     address: Annotated[str | None, typer.Option(help="Ray cluster to use; by default a local one is started.")] = None,
     storage: Annotated[Path | None, typer.Option(help="Folder for all searches, instead of run.storage.")] = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server, instead of SQLite in the search's folder.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server, instead of SQLite in the search's folder.")
+    ] = None,
     num_cpus: Annotated[int | None, typer.Option(help="CPUs of the local cluster; by default all.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -183,10 +189,14 @@ def search(
     loaded = loaded.model_copy(update={"run": run})
 
     from shoal_services.search import run_search
-    from shoal_services.terminal import show_progress, watch_trials
+    from shoal_services.terminal import console, show_progress, watch_trials
 
-    with show_progress() as listen, watch_trials(listen, loaded.folder / "trials"):
-        outcome = run_search(loaded, listen, num_cpus=num_cpus)
+    try:
+        with show_progress() as display, watch_trials(display, loaded.folder / "trials"):
+            outcome = run_search(loaded, display, num_cpus=num_cpus)
+    except KeyboardInterrupt as interrupt:
+        console.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from interrupt
     _print_outcome(loaded.name, outcome, as_json)
 
 
@@ -340,15 +350,12 @@ def _short(path: Path) -> Path:
 
 
 def main() -> None:
-    """Runs the command; errors become one message and an exit code of 1, Ctrl-C one of 130."""
+    """Runs the command; errors become one message and an exit code of 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
-    except KeyboardInterrupt:
-        print("stopped; a search goes on where it was when the same command is given again", file=sys.stderr)
-        sys.exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("SHOAL_DEBUG"):
             raise

@@ -46,7 +46,9 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
             )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
-        raise ConnectionError(f"no Ray cluster at {address!r}: {first}; check the address, or leave it out to run here") from error
+        raise ConnectionError(
+            f"no Ray cluster at {address!r}: {first}; check the address, or leave it out to run here"
+        ) from error
 
 
 def check_cluster(run: Run, storage: Path) -> int:
@@ -89,7 +91,9 @@ def check_writable(storage: Path) -> None:
         write_atomically(marker, "written by the check before a search")
         marker.unlink()
     except OSError as error:
-        raise ValueError(f"storage {str(existing)!r} cannot be written ({error.strerror}); choose another run.storage") from error
+        raise ValueError(
+            f"storage {str(existing)!r} cannot be written ({error.strerror}); choose another run.storage"
+        ) from error
     free = shutil.disk_usage(existing).free
     if free < MIN_FREE_BYTES:
         raise ValueError(

@@ -28,7 +28,9 @@ def examine(*, storage: Path, tracking_uri: str | None, address: str | None) -> 
         _try("Ray", lambda: _check_ray(address), "check --address, or leave it out to run here"),
     ]
     if tracking_uri:
-        checks.append(_try("tracker", lambda: _check_tracker(tracking_uri), "start the MLflow server, or leave --tracking-uri out"))
+        checks.append(
+            _try("tracker", lambda: _check_tracker(tracking_uri), "start the MLflow server, or leave --tracking-uri out")
+        )
     return checks
 
 

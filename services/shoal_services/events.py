@@ -23,9 +23,7 @@ def search_key(config: SearchConfig) -> str:
 class SearchEvents(ray.tune.Callback):
     """A Tune callback for one search."""
 
-    def __init__(
-        self, config: SearchConfig, folder: RunFolder, tracker: Tracker, *, on_end: Callable[[TrialResult], None]
-    ):
+    def __init__(self, config: SearchConfig, folder: RunFolder, tracker: Tracker, *, on_end: Callable[[TrialResult], None]):
         self.config, self.folder, self.tracker, self.on_end = config, folder, tracker, on_end
         self.parent = search_key(config)
 

@@ -1,11 +1,11 @@
 """The folder of one search: what lies where, and what has been finished.
 
-    config.json                 what is searched; a second search of this name must agree
-    prepared/                   token windows, moments, the dense model's targets: shared by all trials
-    fits/<key>.safetensors      fitted replacements, shared by trials that differ in distillation alone
-    trials/<key>/               result.json, model/ (while on the frontier), train/ (checkpoints, while running)
-    mlflow.db  mlartifacts/     tracking, unless a server is named
-    frontier.json  frontier.html  linearity.json  linearity.html
+config.json                 what is searched; a second search of this name must agree
+prepared/                   token windows, moments, the dense model's targets: shared by all trials
+fits/<key>.safetensors      fitted replacements, shared by trials that differ in distillation alone
+trials/<key>/               result.json, model/ (while on the frontier), train/ (checkpoints, while running)
+mlflow.db  mlartifacts/     tracking, unless a server is named
+frontier.json  frontier.html  linearity.json  linearity.html
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class RunFolder:
             return TrialResult.model_validate_json(file.read_text())
         except ValidationError as error:
             complaint = f"{error.error_count()} errors, first {error.errors()[0]['msg']!r}"
-            raise ValueError(f"trial result {str(file)!r} is damaged ({complaint}); delete the trial's folder to run it again") from error
+            raise ValueError(
+                f"trial result {str(file)!r} is damaged ({complaint}); delete the trial's folder to run it again"
+            ) from error
 
     def write_result(self, result: TrialResult) -> None:
         """Ends a trial: this file is the last that is written."""

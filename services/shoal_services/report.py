@@ -39,7 +39,11 @@ def write_frontier_page(path: Path, name: str, points: Sequence[Point]) -> None:
             "over windows. Errors of compressed and dense model go together: the ratio in the table is far surer than "
             "the two bars suggest. Up and to the right is worse."
         )
-        sections += [_draw(frontier_figure(points, frontier)), f"<p class='note'>{note}</p>", _frontier_table(points, frontier)]
+        sections += [
+            _draw(frontier_figure(points, frontier)),
+            f"<p class='note'>{note}</p>",
+            _frontier_table(points, frontier),
+        ]
     write_atomically(path, _page(f"{name}: frontier", sections))
 
 
@@ -114,7 +118,17 @@ def _frontier_table(points: Sequence[Point], frontier: Sequence[Point]) -> str:
             ]
         )
         marked.append(id(point) in picks)
-    header = ["", "blocks replaced", "kind", "parameters", "perplexity", "ratio to dense", "KL", "KV bytes/token", "decode speed"]
+    header = [
+        "",
+        "blocks replaced",
+        "kind",
+        "parameters",
+        "perplexity",
+        "ratio to dense",
+        "KL",
+        "KV bytes/token",
+        "decode speed",
+    ]
     return _table(header, rows, marked)
 
 
@@ -180,7 +194,15 @@ def _linearity_table(scores: Sequence[BlockLinearity], token_errors: Sequence[Se
     ]  # fmt: skip
     rows = []
     for index, s in enumerate(scores):
-        numbers = (s.held_out, s.score, s.score_without_residual, s.ordinary, s.ordinary_without_residual, s.identity, s.cosine)
+        numbers = (
+            s.held_out,
+            s.score,
+            s.score_without_residual,
+            s.ordinary,
+            s.ordinary_without_residual,
+            s.identity,
+            s.cosine,
+        )
         sinks = "moves them" if s.moves_sinks else ""
         rows.append([str(s.block), *(f"{x:.4f}" for x in numbers), f"{s.norm_ratio:.3f}", sinks])
         if token_errors is not None:

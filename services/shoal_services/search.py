@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import ray
 from shoal.frontier import find_frontier, name_picks
-from shoal.linearity import score_blocks
+from shoal.linearity import BlockLinearity, score_blocks
 from shoal.models import describe_source
 from shoal.moments import Moments
-from shoal.prepare import Listener
 from shoal.recipe import Point
 from shoal.store import write_atomically
 
@@ -38,29 +39,39 @@ class Outcome:
     tracking_problem: str | None
 
 
-def run_search(config: SearchConfig, listen: Listener, *, num_cpus: int | None = None) -> Outcome:
+class Audience(Protocol):
+    """Who hears of a search while it runs: a `Listener`, and results as they come."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None: ...
+
+    def show_linearity(self, model: str, scores: Sequence[BlockLinearity]) -> None: ...
+
+    def show_trial(self, result: TrialResult) -> None: ...
+
+
+def run_search(config: SearchConfig, audience: Audience, *, num_cpus: int | None = None) -> Outcome:
     """Searches, or finishes the search that was begun, and leaves frontier, pages and MLflow runs behind.
 
     Raises ValueError or OSError for what cannot work (before any trial), KeyboardInterrupt after a clean stop.
     """
     folder = RunFolder(config.folder)
-    listen("start Ray", 0, 1)
+    audience("start Ray", 0, 1)
     connect(config.run.address, num_cpus=num_cpus)
     concurrent = check_cluster(config.run, folder.root)
     folder.claim(config)
-    listen("start Ray", 1, 1)
-    prepare_search(config, folder, concurrent, listen)
+    audience("start Ray", 1, 1)
+    prepare_search(config, folder, concurrent, audience)
     scores = score_blocks(Moments.load(folder.prepared / "moments.safetensors"))
     write_atomically(folder.root / "linearity.json", json.dumps([dataclasses.asdict(score) for score in scores], indent=2))
     write_linearity_page(folder.root / "linearity.html", {config.model: scores})
-    listen("linearity", 1, 1)
+    audience.show_linearity(config.model, scores)
 
     tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")
     parent = search_key(config)
     tracker.start_run(parent, name=config.name, params=flatten(config.science))
-    events = SearchEvents(config, folder, tracker, on_end=lambda result: _after_trial(config, folder, result, listen))
+    events = SearchEvents(config, folder, tracker, on_end=lambda result: _after_trial(config, folder, result, audience))
     try:
-        results = run_trials(config, folder, concurrent, events, listen)
+        results = run_trials(config, folder, concurrent, events, audience)
         frontier = write_frontier(config, folder)
         _publish(config, folder, frontier, tracker)
     except KeyboardInterrupt:
@@ -73,11 +84,11 @@ def run_search(config: SearchConfig, listen: Listener, *, num_cpus: int | None =
     return Outcome(folder.root, results, frontier, tracker.uri, num_unsent, tracker.problem)
 
 
-def _after_trial(config: SearchConfig, folder: RunFolder, result: TrialResult, listen: Listener) -> None:
+def _after_trial(config: SearchConfig, folder: RunFolder, result: TrialResult, audience: Audience) -> None:
     """Frontier and page are whole after every trial, not at the end alone."""
     write_frontier(config, folder)
-    listen(f"trial {result.key} {result.status}", 1, 1)
-    listen("trials", len(folder.read_results()), config.num_trials)
+    audience.show_trial(result)
+    audience("trials", len(folder.read_results()), config.num_trials)
 
 
 def write_frontier(config: SearchConfig, folder: RunFolder) -> list[Point]:
@@ -112,7 +123,11 @@ def _publish(config: SearchConfig, folder: RunFolder, frontier: list[Point], tra
             model_name,
             f"{parent}/{keys[point.artefact]}",
             source=point.artefact,
-            tags={"kind": point.recipe.kind, "perplexity": f"{point.perplexity:.4f}", "sha256": point.artefact_sha256 or ""},
+            tags={
+                "kind": point.recipe.kind,
+                "perplexity": f"{point.perplexity:.4f}",
+                "sha256": point.artefact_sha256 or "",
+            },
             aliases=[name for name, pick in picks.items() if pick is point],
         )
     tracker.end_orphans(parent)

@@ -9,14 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from shoal.frontier import name_picks
 from shoal.linearity import RANKING_REASON, BlockLinearity
 from shoal.recipe import Evaluation, Point
 
 from shoal_services.doctor import Check
-from shoal_services.folder import read_progress
+from shoal_services.folder import TrialResult, read_progress
 
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
@@ -37,9 +45,22 @@ class ProgressDisplay:
             self.tasks[stage] = self.progress.add_task(stage, total=total, note="")
         self.progress.update(self.tasks[stage], completed=done, total=total)
 
-    def say(self, line: str) -> None:
-        """A line above the bars."""
-        self.progress.console.print(line)
+    def show_linearity(self, model: str, scores: Sequence[BlockLinearity]) -> None:
+        """The table of linearity, above the bars."""
+        self.progress.console.print(linearity_table(model, scores))
+
+    def show_trial(self, result: TrialResult) -> None:
+        """One line for a trial that has ended, above the bars."""
+        point = result.point
+        if point is None:
+            self.progress.console.print(f"trial {result.key} {result.status}: {result.reason}")
+            return
+        first, recipe = point.evaluations[0], point.recipe
+        distilled = f"{recipe.distillation.num_tokens:,} tokens distilled" if recipe.distillation else "not distilled"
+        self.progress.console.print(
+            f"trial {result.key}: {recipe.num_replaced} blocks {recipe.kind}, {distilled}: {point.num_parameters / 1e6:.1f} M, "
+            f"perplexity {first.perplexity:.2f} ± {first.standard_error:.2f} (dense {first.dense_perplexity:.2f})"
+        )
 
     def note(self, stage: str, text: str) -> None:
         """A remark behind a bar."""
@@ -89,7 +110,14 @@ def linearity_table(name: str, scores: Sequence[BlockLinearity]) -> Table:
         note = "makes or erases sinks: stays" if score.moves_sinks else ""
         if score.held_out <= score.identity:
             note = note or "no map beats the identity"
-        numbers = (score.held_out, score.score, score.score_without_residual, score.identity, score.cosine, score.norm_ratio)
+        numbers = (
+            score.held_out,
+            score.score,
+            score.score_without_residual,
+            score.identity,
+            score.cosine,
+            score.norm_ratio,
+        )
         table.add_row(str(score.block), *(f"{x:.4f}" for x in numbers), note, style="bold" if score in linear else None)
     return table
 
@@ -97,19 +125,18 @@ def linearity_table(name: str, scores: Sequence[BlockLinearity]) -> Table:
 def frontier_table(name: str, frontier: Sequence[Point]) -> Table:
     """The frontier below the dense model."""
     table = Table(title=f"Frontier of {name}", caption=_caption(frontier), caption_justify="left")
-    for column in ("", "replaced", "kind", "parameters", "perplexity", "× dense", "KL", "KV B/token", "decode"):
-        table.add_column(column, justify="left" if column in ("", "kind") else "right")
+    for column in ("", "−", "kind", "params", "perplexity", "× dense", "KL", "decode"):
+        table.add_column(column, justify="left" if column in ("", "kind") else "right", no_wrap=True)
     if not frontier:
         return table
     dense, first = frontier[0], frontier[0].evaluations[0]
     table.add_row(
         "dense", "0", "", f"{dense.dense_size.num_parameters / 1e6:.1f} M",
-        f"{first.dense_perplexity:.2f} ± {first.dense_standard_error:.2f}", "1", "0",
-        f"{dense.dense_size.kv_bytes_per_token:,}", "× 1",
+        f"{first.dense_perplexity:.2f} ± {first.dense_standard_error:.2f}", "1", "0", "× 1",
     )  # fmt: skip
     names: dict[int, str] = {}
     for pick, point in name_picks(frontier).items():
-        names[id(point)] = ", ".join(filter(None, (names.get(id(point)), pick)))
+        names[id(point)] = " ".join(filter(None, (names.get(id(point)), pick)))
     for point in reversed(frontier):
         table.add_row(names.get(id(point), ""), *frontier_cells(point))
     return table
@@ -126,9 +153,8 @@ def frontier_cells(point: Point) -> list[str]:
         recipe.kind + (f"({recipe.rank})" if recipe.rank else ""),
         f"{point.num_parameters / 1e6:.1f} M",
         f"{first.perplexity:.2f} ± {first.standard_error:.2f}",
-        f"{math.exp(first.log_ratio):.3f} ± {math.exp(first.log_ratio) * first.log_ratio_standard_error:.3f}",
+        f"{math.exp(first.log_ratio):.2f} ± {math.exp(first.log_ratio) * first.log_ratio_standard_error:.2f}",
         f"{first.kl:.3f}",
-        f"{point.size.kv_bytes_per_token:,}",
         speedup,
     ]
 
@@ -139,8 +165,8 @@ def _caption(frontier: Sequence[Point]) -> str:
     point = frontier[0]
     text = point.evaluations[0].text
     return (
-        f"Perplexity on {text.name}, {text.num_tokens:,} tokens, {point.recipe.dtype} on {point.device}; "
-        "± one standard error over windows (of the ratio: paired)."
+        f"−: blocks replaced. Perplexity on {text.name}, {text.num_tokens:,} tokens, {point.recipe.dtype} on {point.device}; "
+        "± one standard error over windows (of × dense: paired). KL to dense in nats per token."
     )
 
 
@@ -151,11 +177,15 @@ def point_table(point: Point) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     for e in point.evaluations:
         dense = f"{e.dense_perplexity:.2f} ± {e.dense_standard_error:.2f}"
-        table.add_row(f"perplexity, {e.text.name} ({e.text.num_tokens:,})", dense, f"{e.perplexity:.2f} ± {e.standard_error:.2f}")
+        table.add_row(
+            f"perplexity, {e.text.name} ({e.text.num_tokens:,})", dense, f"{e.perplexity:.2f} ± {e.standard_error:.2f}"
+        )
         table.add_row("KL to dense, nats per token", "0", f"{e.kl:.4f} ± {e.kl_standard_error:.4f}")
         table.add_row("same top token", "100 %", f"{e.top1_agreement:.1%}")
     table.add_row("parameters", f"{point.dense_size.num_parameters:,}", f"{point.size.num_parameters:,}")
-    table.add_row("KV cache, bytes per token", f"{point.dense_size.kv_bytes_per_token:,}", f"{point.size.kv_bytes_per_token:,}")
+    table.add_row(
+        "KV cache, bytes per token", f"{point.dense_size.kv_bytes_per_token:,}", f"{point.size.kv_bytes_per_token:,}"
+    )
     if point.speed and point.dense_speed:
         for label, field in (("prefill, tokens/s", "prefill_tokens_per_s"), ("decode, tokens/s", "decode_tokens_per_s")):
             table.add_row(label, f"{getattr(point.dense_speed, field):,.1f}", f"{getattr(point.speed, field):,.1f}")
@@ -183,5 +213,7 @@ def doctor_table(checks: Sequence[Check]) -> Table:
     table = Table(show_header=False)
     for check in checks:
         mark = "[green]ok[/green]" if check.passed else "[red]no[/red]"
-        table.add_row(mark, check.name, check.finding + (f"\n→ {check.remedy}" if check.remedy and not check.passed else ""))
+        table.add_row(
+            mark, check.name, check.finding + (f"\n→ {check.remedy}" if check.remedy and not check.passed else "")
+        )
     return table

@@ -250,4 +250,3 @@ class _Sender:
 def _rows(columns: dict[str, list]) -> list[list]:
     """Columns as the rows of an MLflow table artefact."""
     return [list(row) for row in zip(*columns.values(), strict=True)]
-

