@@ -19,6 +19,9 @@ from shoal.models import load_tokenizer
 from shoal.moments import Moments
 from shoal.text import TokenWindows
 
+# Tiny tensors: more threads gain nothing, and wait for each other where other programs use the cores.
+torch.set_num_threads(1)
+
 COMMON = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,

@@ -124,11 +124,8 @@ def save_and_load(state: dict) -> dict:
 @pytest.mark.parametrize("trained", ["maps", "lora", "all"])
 @pytest.mark.parametrize("stop", [1, 4, 7])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(teacher, trained, stop):
-    def start() -> DistillationRun:
-        torch.manual_seed(0)  # LoRA begins at random
-        return make_run(teacher, lesson=Lesson(WINDOWS, held_out=HELD_OUT), trained=trained, num_steps=8)
-
-    whole, first, second = start(), start(), start()
+    lesson = Lesson(WINDOWS, held_out=HELD_OUT)
+    whole, first, second = (make_run(teacher, lesson=lesson, trained=trained, num_steps=8) for _ in range(3))
     metrics = list(whole)
     list(itertools.islice(first, 1 + stop))  # the first yield is the check before any step
     second.load_state_dict(save_and_load(first.state_dict()))
@@ -234,3 +231,15 @@ def test_two_ranks_learn_what_one_does(teacher, tmp_path):
             assert losses == pytest.approx(expected, rel=1e-4)
             for p, q in zip(weights, parameters, strict=True):
                 torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-4)
+
+
+def test_the_seed_is_all_the_randomness_there_is(teacher):
+    state = torch.random.get_rng_state()
+    first, same, other = (
+        DistillationRun(make_student(teacher), teacher, Lesson(WINDOWS), settings(trained="lora"), replaced=(2,), seed=seed)
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(p, q) for p, q in zip(first.trained, same.trained, strict=True))
+    assert not all(torch.equal(p, q) for p, q in zip(first.trained, other.trained, strict=True))
+    assert first._rows_of_step().tolist() == same._rows_of_step().tolist() != other._rows_of_step().tolist()

@@ -66,7 +66,7 @@ def _renumber(block: nn.Module, index: int, position: int) -> None:
     """Cache indices are attributes `layer_idx` of the block or of modules inside it."""
     for module in block.modules():
         if getattr(module, "layer_idx", None) == index:
-            module.layer_idx = position
+            setattr(module, "layer_idx", position)  # noqa: B010
 
 
 def check_block_indices(indices: Iterable[int], depth: int) -> None:
@@ -129,7 +129,9 @@ class Call:
 @torch.no_grad()
 def record_calls(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
     """The stream before block 0 for ids [batch, time], and how each block is called for windows of that shape."""
-    blocks, calls, embedded = find_blocks(model), [], []
+    blocks = find_blocks(model)
+    calls: list[Call] = []
+    embedded: list[Tensor] = []
 
     def record(_block, args, kwargs):
         if not embedded:

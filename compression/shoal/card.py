@@ -41,7 +41,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(folder{load})
 tokenizer = AutoTokenizer.from_pretrained(folder{load})
 ```
-{"" if stock else chr(10) + "With Shoal installed, `shoal.load(folder)` loads it without running code from the folder." + chr(10)}"""
+
+With Shoal installed, `shoal.load(folder)` loads it and never runs code from the folder.
+"""
 
 
 def _describe_kind(kind: str) -> str:

@@ -51,8 +51,8 @@ class Lesson:
 class DistillationRun:
     """Iterating trains; each step yields {step, num_tokens, loss, learning_rate, gradient_norm, …}.
 
-    Eight times at most, and after the last step, it also yields `held_out_kl` and `held_out_perplexity`; the weights with the lowest
-    `held_out_kl` are the ones that `finish` leaves. Raises `Diverged` on a loss that is not finite, ValueError if
+    Eight times at most, and after the last step, it also yields `held_out_kl` and `held_out_perplexity`; the
+    weights with the lowest `held_out_kl` are the ones that `finish` leaves. Raises `Diverged` on a loss that is not finite, ValueError if
     there is nothing to train.
     """
 
@@ -104,7 +104,8 @@ class DistillationRun:
         """The student with its best checked weights, LoRA merged, in evaluation mode and its first dtype."""
         if self.lesson.held_out is not None:
             self._restore_weights()
-        merged = self.student.merge_and_unload() if hasattr(self.student, "merge_and_unload") else self.student
+        merge = getattr(self.student, "merge_and_unload", None)
+        merged: PreTrainedModel = merge() if merge else self.student
         for parameter in merged.parameters():
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(self.dtype)
@@ -146,7 +147,7 @@ class DistillationRun:
                 f"learning_rate={settings.learning_rate:g}; the last good weights are kept: use a lower learning rate"
             )
         norm = nn.utils.clip_grad_norm_(self.trained, settings.max_gradient_norm)
-        learning_rate = self.schedule.get_last_lr()[0]
+        learning_rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

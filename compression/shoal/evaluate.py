@@ -106,7 +106,8 @@ def measure_size(model: PreTrainedModel) -> Size:
     cache = DynamicCache(config=text_config(model))
     ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
     model(input_ids=ids, past_key_values=cache, use_cache=True)
-    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    held = [tensor for tensor in kept if tensor is not None]
     return Size(
         num_parameters=sum(p.numel() for p in parameters),
         num_bytes=sum(p.numel() * p.element_size() for p in parameters),

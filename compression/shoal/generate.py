@@ -16,4 +16,4 @@ def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     if encoded["input_ids"].numel() == 0:
         raise ValueError("the prompt is empty; give it some words")
     tokens = model.generate(**encoded, max_new_tokens=num_new, do_sample=False)  # type: ignore[operator]
-    return tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -164,7 +164,7 @@ def measure_token_errors(model: PreTrainedModel, windows: TokenWindows, moments:
 def _best_map(gram: Gram) -> nn.Linear:
     xx, xy, _ = gram.centred()
     weight = solve_least_squares(xx, xy)
-    affine = nn.Linear(*weight.shape, device=weight.device)
+    affine = nn.Linear(weight.shape[0], weight.shape[1], device=weight.device)
     affine.weight.data = weight.T.float()
     affine.bias.data = ((gram.sum_y[0] - gram.sum_x[0] @ weight) / gram.num_tokens[0]).float()
     return affine

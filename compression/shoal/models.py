@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -65,7 +66,7 @@ def load_model(
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(f"cannot load model {name!r}: its files lack {len(missing)} weights, {missing[0]!r} for one")
-    model = model.to(device).eval()
+    model.to(device).eval()  # type: ignore[arg-type]
     _require_causal(model, name)
     return model
 
@@ -78,7 +79,7 @@ def _read_weights(folder: str, extra: dict, dtype: torch.dtype) -> tuple[PreTrai
     config = AutoConfig.from_pretrained(folder, **{k: v for k, v in extra.items() if k != "quantization_config"})
     if config.is_encoder_decoder:
         raise ValueError(f"it is an encoder-decoder model ({config.model_type}); Shoal needs a causal decoder")
-    return AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    return cast(tuple[PreTrainedModel, dict], AutoModelForCausalLM.from_pretrained(folder, **arguments))
 
 
 def _find_shoal_class(folder: Path) -> str | None:
@@ -182,7 +183,7 @@ def _convert_smollm2(folder: Path) -> None:
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **_gguf_arguments(gguf))
     # The weights are dequantised from 4 bits: bfloat16 holds them as well as float32 does.
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 

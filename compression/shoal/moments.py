@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,7 +41,7 @@ def multiply_rows(x_nd: Tensor, y_ne: Tensor) -> Tensor:
     if x_nd.dtype != torch.bfloat16:
         wide = torch.promote_types(x_nd.dtype, torch.float32)  # sums of squares overflow float16
         return x_nd.to(wide).T @ y_ne.to(wide)
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
@@ -126,14 +126,17 @@ class Moments:
         grams = [Gram.zeros(num_blocks, hidden_size, hidden_size, device) for _ in range(4)]
         boundaries = num_blocks + 1
         return cls(
-            *grams,
-            vector(num_blocks),
-            vector(num_blocks),
-            vector(boundaries, boundaries),
-            vector(1),
-            vector(boundaries),
-            0,
-            source,
+            ordinary=grams[0],
+            sinks=grams[1],
+            held_ordinary=grams[2],
+            held_sinks=grams[3],
+            norm_ratio=vector(num_blocks),
+            cosine=vector(num_blocks),
+            similarity=vector(boundaries, boundaries),
+            num_compared=vector(1),
+            sink_norm_ratio=vector(boundaries),
+            num_windows=0,
+            source=source,
         )
 
     @property
@@ -176,11 +179,11 @@ class Moments:
             with safe_open(path, "pt", device=str(device or "cpu")) as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            grams = {
+            parts: dict[str, Any] = {
                 name: Gram(*(tensors.pop(f"{name}.{f.name}") for f in fields(Gram)))
                 for name in ("ordinary", "sinks", "held_ordinary", "held_sinks")
             }
-            return cls(**grams, **tensors, num_windows=int(metadata["num_windows"]), source=metadata["source"])
+            return cls(**parts, **tensors, num_windows=int(metadata["num_windows"]), source=metadata["source"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"moments file {str(path)!r} is damaged ({error}); delete it and measure again") from error
 

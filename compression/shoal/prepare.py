@@ -20,6 +20,11 @@ def ignore(_stage: str, _done: int, _total: int) -> None:
     """The listener that does nothing."""
 
 
+def count_on(listen: Listener, stage: str, before: int, total: int) -> Callable[[int], None]:
+    """A listener for a part of a stage: it hears how much of the part is done, `before` was done by other parts."""
+    return lambda done: listen(stage, before + done, total)
+
+
 @dataclass(frozen=True)
 class Preparation:
     """Moments of the calibration text, and the dense model's targets on the other texts.
@@ -54,9 +59,5 @@ def prepare(model: PreTrainedModel, corpus: Corpus, *, listen: Listener = ignore
     targets: list[TeacherTargets] = []
     for windows in texts:
         before = sum(len(measured.nll) for measured in targets)
-        targets.append(
-            measure_targets(
-                model, windows, on_progress=lambda done, before=before: listen("dense model", before + done, total)
-            )
-        )
+        targets.append(measure_targets(model, windows, on_progress=count_on(listen, "dense model", before, total)))
     return Preparation(moments, targets[0], tuple(targets[1:]))

@@ -11,7 +11,7 @@ from shoal.evaluate import evaluate
 from shoal.linearity import RANKING, BlockLinearity, measure_token_errors, score_blocks
 from shoal.models import load_model, load_tokenizer, recipe_of
 from shoal.moments import measure_moments
-from shoal.prepare import Listener, ignore
+from shoal.prepare import Listener, count_on, ignore
 from shoal.recipe import Evaluation, Text
 from shoal.teacher import measure_targets
 
@@ -65,25 +65,22 @@ def evaluate_beside(
     recipe = recipe_of(name)
     if dense is None and recipe is None:
         raise ValueError(f"{name!r} has no recipe.json that names its dense model; give --dense")
-    base, revision = (dense, None) if dense else (recipe.base_model, recipe.revision)  # type: ignore[union-attr]
-    assert base is not None
+    if dense is not None or recipe is None:
+        base, revision = str(dense), None
+    else:
+        base, revision = recipe.base_model, recipe.revision
     listen("load", 0, 1)
     model, teacher = load_model(name, dtype=dtype), load_model(base, revision=revision, dtype=dtype)
     if model.config.vocab_size != teacher.config.vocab_size:
         raise ValueError(
-            f"{name!r} has {model.config.vocab_size} tokens and {base!r} has {teacher.config.vocab_size}: not the same tokenizer"
+            f"{name!r} has a vocabulary of {model.config.vocab_size} tokens and {base!r} one of "
+            f"{teacher.config.vocab_size}: they cannot be compared token by token"
         )
     corpus = load_corpus(texts, load_tokenizer(base, revision=revision), teacher.config)
     listen("load", 1, 1)
     results = []
     for windows in corpus.evaluation:
         stage, total = f"evaluate on {windows.name}", 2 * len(windows)
-        targets = measure_targets(teacher, windows, on_progress=lambda done, s=stage, t=total: listen(s, done, t))
-        done_before = len(windows)
-        results.append(
-            evaluate(
-                model, windows, targets,
-                on_progress=lambda done, s=stage, t=total, b=done_before: listen(s, b + done, t),
-            )
-        )  # fmt: skip
+        targets = measure_targets(teacher, windows, on_progress=count_on(listen, stage, 0, total))
+        results.append(evaluate(model, windows, targets, on_progress=count_on(listen, stage, len(windows), total)))
     return results

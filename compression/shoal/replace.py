@@ -48,12 +48,10 @@ class AffineMap:
         """The map as a module."""
         linear = LinearBlock(len(self.bias), self.rank)
         if isinstance(self.update, tuple):
-            linear.update[0].weight.data = self.update[1]  # type: ignore[index]
-            linear.update[1].weight.data = self.update[0]  # type: ignore[index]
-            linear.update[1].bias.data = self.bias  # type: ignore[index]
+            weights = {"update.0.weight": self.update[1], "update.1.weight": self.update[0], "update.1.bias": self.bias}
         else:
-            linear.update.weight.data = self.update  # type: ignore[union-attr]
-            linear.update.bias.data = self.bias  # type: ignore[union-attr]
+            weights = {"update.weight": self.update, "update.bias": self.bias}
+        linear.load_state_dict(weights)
         return linear.to(dtype)
 
 

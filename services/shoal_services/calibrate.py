@@ -6,6 +6,7 @@ Every piece is a file of the search's folder, so pieces that exist are not measu
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 
 import ray
@@ -53,8 +54,7 @@ def _list_pieces(corpus: Corpus, num_shards: int) -> dict[str, tuple[str, int, i
     num_shards = max(1, min(num_shards, count // MIN_SHARD_WINDOWS))
     bounds = [count * i // num_shards for i in range(num_shards + 1)]
     pieces = {
-        f"shard.{i}-of-{num_shards}": ("calibration", low, high)
-        for i, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False))
+        f"shard.{i}-of-{num_shards}": ("calibration", low, high) for i, (low, high) in enumerate(itertools.pairwise(bounds))
     }
     if corpus.distillation is not None:
         pieces["distillation"] = ("distillation", 0, len(corpus.distillation))
@@ -132,4 +132,6 @@ def _get(job: ray.ObjectRef) -> object:
     try:
         return ray.get(job)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from error if isinstance(error.cause, ValueError | OSError) else error
+        if isinstance(error.cause, ValueError | OSError):
+            raise error.cause from error
+        raise

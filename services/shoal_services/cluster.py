@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -36,12 +37,12 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
     environment = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
     try:
         if address:
-            ray.init(address, runtime_env={"env_vars": environment}, log_to_driver=False, logging_level="ERROR")
+            ray.init(address, runtime_env={"env_vars": environment}, log_to_driver=False, logging_level=logging.ERROR)
         else:
             # A local cluster inherits the environment: without a runtime_env, workers start from Ray's warm pool.
             os.environ.update(environment)
             ray.init(
-                "local", num_cpus=num_cpus or os.cpu_count(), log_to_driver=False, logging_level="ERROR",
+                "local", num_cpus=num_cpus or os.cpu_count(), log_to_driver=False, logging_level=logging.ERROR,
                 _system_config={"worker_maximum_startup_concurrency": 16},
             )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:

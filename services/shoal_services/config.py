@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -24,6 +25,7 @@ from pydantic import (
 )
 from shoal.corpus import Texts
 from shoal.recipe import KINDS, Distillation, Fit, LossWeights, Recipe, Selection, Trained, Value
+from typing_extensions import TypeAliasType
 
 T = TypeVar("T")
 RANGES = ("uniform", "loguniform", "randint")
@@ -63,9 +65,8 @@ def _check_kind(kind: object) -> object:
 
 def parse_kind(kind: str) -> tuple[str, int | None]:
     """`low_rank(64)` → ("low_rank", 64); other kinds have no rank."""
-    name, _, rest = kind.partition("(")
-    rank = rest.removesuffix(")")
-    return (name, int(rank)) if rank.isdigit() else (kind, None)
+    found = re.fullmatch(r"(low_rank)\(([0-9]+)\)", kind)
+    return (found[1], int(found[2])) if found else (kind, None)
 
 
 def _tag_axis(value: object) -> str:
@@ -78,10 +79,15 @@ def _tag_axis(value: object) -> str:
 
 
 KindName = Annotated[str, BeforeValidator(_check_kind)]
-Axis = Annotated[
-    Annotated[T, Tag("constant")] | Annotated[Choice[T], Tag("choice")] | Annotated[Range, Tag("range")],
-    Discriminator(_tag_axis),
-]
+# A plain alias would leave T open in Choice[T]: only this form hands it on.
+Axis = TypeAliasType(
+    "Axis",
+    Annotated[
+        Annotated[T, Tag("constant")] | Annotated[Choice[T], Tag("choice")] | Annotated[Range, Tag("range")],
+        Discriminator(_tag_axis),
+    ],
+    type_params=(T,),
+)
 
 
 class Space(Value):
@@ -108,6 +114,16 @@ class Space(Value):
     weight_decay: Axis[float] = 0.0
     patience: int | None = None
     seed: Axis[int] = 0
+
+    @model_validator(mode="after")
+    def _ranges_give_what_the_fields_take(self) -> Self:
+        for name, axis in self.axes.items():
+            inner = get_args(type(self).model_fields[name].annotation)[0]
+            if isinstance(axis, Range) and not {int, float} & {inner, *get_args(inner)}:
+                raise ValueError(f"{name} is no number; use choice")
+            if isinstance(axis, Range) and inner is int and axis.randint is None:
+                raise ValueError(f"{name} is a whole number; use randint or choice")
+        return self
 
     @property
     def axes(self) -> dict[str, Choice | Range]:

@@ -17,7 +17,8 @@ from shoal.store import write_atomically
 COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00"), strict=True))
 SYMBOLS = dict(zip(KINDS, ("circle", "diamond", "square", "x"), strict=True))
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a; background: #fff }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
+  color: #1a1a1a; background: #fff }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd } th { border-bottom: 2px solid #888 }
 td:first-child, th:first-child { text-align: left } tr.pick { background: #eef6fb } .scroll { overflow-x: auto }
@@ -35,8 +36,8 @@ def write_frontier_page(path: Path, name: str, points: Sequence[Point]) -> None:
         first = points[0].evaluations[0]
         note = (
             f"Perplexity on {html.escape(first.text.name)}, {first.text.num_tokens:,} tokens (sha256 "
-            f"{(first.text.sha256 or '')[:8]}), {points[0].recipe.dtype} on {points[0].device}. Bars are one standard error "
-            "over windows. Errors of compressed and dense model go together: the ratio in the table is far surer than "
+            f"{(first.text.sha256 or '')[:8]}), {points[0].recipe.dtype} on {points[0].device}. Bars are one standard "
+            "error over windows. Errors of compressed and dense model go together: the ratio in the table is far surer than "
             "the two bars suggest. Up and to the right is worse."
         )
         sections += [

@@ -58,8 +58,8 @@ class ProgressDisplay:
         first, recipe = point.evaluations[0], point.recipe
         distilled = f"{recipe.distillation.num_tokens:,} tokens distilled" if recipe.distillation else "not distilled"
         self.progress.console.print(
-            f"trial {result.key}: {recipe.num_replaced} blocks {recipe.kind}, {distilled}: {point.num_parameters / 1e6:.1f} M, "
-            f"perplexity {first.perplexity:.2f} ± {first.standard_error:.2f} (dense {first.dense_perplexity:.2f})"
+            f"trial {result.key}: {recipe.num_replaced} blocks {recipe.kind}, {distilled}: "
+            f"{point.num_parameters / 1e6:.1f} M, perplexity {first.perplexity:.2f} ± {first.standard_error:.2f} (dense {first.dense_perplexity:.2f})"
         )
 
     def note(self, stage: str, text: str) -> None:
@@ -165,7 +165,8 @@ def _caption(frontier: Sequence[Point]) -> str:
     point = frontier[0]
     text = point.evaluations[0].text
     return (
-        f"−: blocks replaced. Perplexity on {text.name}, {text.num_tokens:,} tokens, {point.recipe.dtype} on {point.device}; "
+        f"−: blocks replaced. Perplexity on {text.name}, {text.num_tokens:,} tokens, "
+        f"{point.recipe.dtype} on {point.device}; "
         "± one standard error over windows (of × dense: paired). KL to dense in nats per token."
     )
 

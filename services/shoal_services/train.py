@@ -28,7 +28,7 @@ from shoal.store import save, save_point
 from transformers import PreTrainedModel
 
 from shoal_services.config import SearchConfig
-from shoal_services.folder import ProgressFile, RunFolder, TrialResult
+from shoal_services.folder import ProgressFile, RunFolder, Status, TrialResult
 
 # Saving the state of a run takes about a second for SmolLM2-135M with LoRA.
 CHECKPOINT_EVERY_S = 60.0
@@ -47,7 +47,7 @@ def train_trial(job: dict[str, Any]) -> None:
         trial.run()
     except (Collapsed, ValueError, FloatingPointError) as error:
         if trial.is_writer:
-            status = "collapsed" if isinstance(error, Collapsed) else "failed"
+            status: Status = "collapsed" if isinstance(error, Collapsed) else "failed"
             folder.write_result(TrialResult(key=job["key"], assignment=job["assignment"], status=status, reason=str(error)))
 
 

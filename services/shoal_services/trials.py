@@ -49,10 +49,7 @@ def run_trials(
     _quieten()
     done = {result.key: result for result in folder.read_results()}
     assignments = _missing_assignments(config, folder, done)
-    if config.search.algorithm == "grid":
-        num_samples = len(assignments)
-    else:
-        num_samples = max(0, config.num_trials - len(done))
+    num_samples = len(assignments) if config.search.algorithm == "grid" else max(0, config.num_trials - len(done))
     listen("trials", len(done), config.num_trials)
     if num_samples:
         _fit_tuner(config, folder, assignments, num_samples, concurrent, events)
@@ -156,8 +153,8 @@ def _make_model(search: SearchConfig, folder: RunFolder, key: str, assignment: d
             num_workers=run.num_workers, use_gpu=run.gpus_per_worker > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            name="train", storage_path=str(folder.trial(key)), callbacks=[TuneReportCallback()],
-            failure_config=ray.train.FailureConfig(
+            name="train", storage_path=str(folder.trial(key)), callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]  # ray.train's v1 classes are declared
                 max_failures=run.max_failures, controller_failure_limit=START_TIMEOUT_FAILURES
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),

@@ -1,0 +1,171 @@
+"""The story, end to end: a recipe goes in, a folder comes out that evaluates to the numbers it shows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import shoal
+import torch
+import transformers
+from conftest import write_prose
+from pydantic import ValidationError
+from shoal.corpus import Texts, load_corpus
+from shoal.evaluate import evaluate
+from shoal.models import hash_weights, load_model, load_tokenizer
+from shoal.recipe import KINDS
+from shoal.store import load_point
+from shoal.teacher import measure_targets
+
+DISTILLATION = {"num_tokens": 2048, "window": 64, "windows_per_step": 4, "lora_rank": 4, "learning_rate": 1e-3}
+WITHOUT_MAPS = ("folded", "dropped")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Texts:
+    name = str(write_prose(tmp_path_factory.mktemp("text") / "prose.txt", num_sentences=3000))
+    return Texts(
+        train=(name,), evaluation=(name,), window=64, calibration_tokens=8192, evaluation_tokens=2048, selection_tokens=1024
+    )
+
+
+def evaluate_again(folder, texts: Texts, base_model: str, *, distillation_tokens: int = 0):
+    """The folder's model beside the dense one, from nothing but the folder, the model's name and the texts."""
+    dense, model = load_model(base_model, dtype="float32"), shoal.load(folder, dtype="float32")
+    corpus = load_corpus(
+        texts, load_tokenizer(str(folder)), dense.config, distillation_tokens=distillation_tokens, distillation_window=64
+    )
+    return evaluate(model, corpus.evaluation[0], measure_targets(dense, corpus.evaluation[0]))
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_folder_evaluates_to_its_numbers(tiny_random, texts, tmp_path, kind, distilled):
+    folder, rank = tmp_path / "out", 4 if kind == "low_rank" else None
+    distillation = {**DISTILLATION, "trained": "lora" if kind in WITHOUT_MAPS else "maps"} if distilled else None
+    point = shoal.compress(
+        tiny_random, folder, texts=texts, num_replaced=2, kind=kind, rank=rank, distillation=distillation, dtype="float32"
+    )
+    assert load_point(folder) == point
+    again = evaluate_again(folder, texts, tiny_random, distillation_tokens=2048 if distilled else 0)
+    (stored,) = point.evaluations
+    assert again.text == stored.text
+    for name in ("perplexity", "dense_perplexity", "standard_error", "kl"):
+        assert getattr(again, name) == pytest.approx(getattr(stored, name), rel=1e-4)
+    assert 1 < stored.dense_perplexity < stored.perplexity * 1.1 < 400
+    assert len(point.recipe.blocks) == 2
+    assert {0, 5}.isdisjoint(point.recipe.blocks)
+    assert point.recipe.weights_sha256 == hash_weights(load_model(tiny_random, dtype="float32"))
+    assert point.size.num_parameters < point.dense_size.num_parameters
+    assert point.size.kv_bytes_per_token * 6 == point.dense_size.kv_bytes_per_token * 4
+    assert (point.recipe.distillation_text is not None) == distilled
+    if kind in WITHOUT_MAPS:
+        assert type(transformers.AutoModelForCausalLM.from_pretrained(folder)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("selection", ["cosine", "window", "greedy_kl"])
+def test_every_selection_runs(tiny_random, texts, tmp_path, selection):
+    point = shoal.compress(
+        tiny_random, tmp_path / "out", texts=texts, num_replaced=2, selection=selection, fit="independent"
+    )
+    assert len(point.recipe.blocks) == 2
+
+
+def test_the_same_recipe_gives_the_same_weights(tiny_random, texts, tmp_path):
+    """And the recipe in the folder is enough to make it again: the blocks chosen are listed there."""
+    first = shoal.compress(tiny_random, tmp_path / "first", texts=texts, num_replaced=2, distillation=DISTILLATION)
+    second = shoal.compress(**{**first.recipe.model_dump(), "num_replaced": 2}, folder=tmp_path / "second", texts=texts)
+    assert second.recipe == first.recipe.model_copy(update={"selection": second.recipe.selection})
+    assert second.artefact_sha256 == first.artefact_sha256
+
+
+def test_nothing_replaced_is_the_dense_model(tiny_random, texts, tmp_path):
+    point = shoal.compress(tiny_random, tmp_path / "out", texts=texts, num_replaced=0, dtype="float32")
+    assert point.evaluations[0].kl == pytest.approx(0, abs=1e-6)
+    assert point.evaluations[0].log_ratio == pytest.approx(0, abs=1e-6)
+    assert point.size == point.dense_size
+    dense, same = (load_model(name, dtype="float32") for name in (tiny_random, str(tmp_path / "out")))
+    assert hash_weights(same) == hash_weights(dense)
+
+
+def test_listed_blocks_need_no_number(tiny_random, texts, tmp_path):
+    point = shoal.compress(tiny_random, tmp_path / "out", texts=texts, blocks=[4, 2])
+    assert point.recipe.blocks == (2, 4)
+    assert point.recipe.num_replaced == 2
+
+
+def test_stages_are_heard_and_timed(tiny_random, texts, tmp_path):
+    from shoal.compress import compress
+    from shoal.recipe import Recipe
+
+    heard: list[tuple[str, int, int]] = []
+    recipe = Recipe(base_model=tiny_random, num_replaced=1, distillation=DISTILLATION)
+    point = compress(recipe, tmp_path / "out", texts=texts, listen=lambda *call: heard.append(call))
+    assert list(dict.fromkeys(stage for stage, _, _ in heard)) == [
+        "load",
+        "moments",
+        "dense model",
+        "fit",
+        "distil",
+        "evaluate",
+    ]
+    for stage in dict(heard := [(stage, (done, total)) for stage, done, total in heard]):
+        done, total = [progress for name, progress in heard if name == stage][-1]
+        assert done == total, stage
+    assert list(point.seconds) == ["load", "prepare", "fit", "distil", "evaluate", "store"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"num_replaced": 5}, "more than the 4 replaceable blocks of 6"),
+        ({"blocks": [6]}, r"blocks \[6\] do not exist"),
+        ({"blocks": [0], "kind": "folded"}, "block 0 has no block before it"),
+        ({"num_replaced": 1, "kind": "low_rank", "rank": 65}, "rank=65 is more than the hidden size 64"),
+        (
+            {"num_replaced": 1, "kind": "dropped", "distillation": {**DISTILLATION, "trained": "maps"}},
+            "leaves no maps to train",
+        ),
+        ({"num_replaced": 1, "distillation": {**DISTILLATION, "window": 1024}}, "window=1024 is longer"),
+        ({"num_replaced": 1, "dtype": "int4"}, "dtype='int4' is not known"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_and_leaves_nothing(tiny_random, texts, tmp_path, recipe, message):
+    with pytest.raises(ValueError, match=message):
+        shoal.compress(tiny_random, tmp_path / "out", texts=texts, **recipe)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_misspelt_keyword_is_refused_by_name(tiny_random, tmp_path):
+    with pytest.raises(ValidationError, match="num_pruned"):
+        shoal.compress(tiny_random, tmp_path / "out", num_pruned=2, num_replaced=2)
+
+
+def test_an_existing_folder_is_refused_before_any_work(tmp_path):
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        shoal.compress("no-such/model", tmp_path, num_replaced=1)
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import shoal, shoal.recipe, shoal.frontier", {"torch", "transformers", "ray", "mlflow", "fastapi"}),
+        ("import shoal.compress", {"ray", "mlflow", "fastapi", "gensim", "datasets", "peft"}),
+    ],
+)
+def test_the_library_does_not_know_the_cluster(code, absent):
+    found = subprocess.run(
+        [sys.executable, "-c", f"{code}; import sys; print(*{absent} & set(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() == []
+
+
+def test_importing_the_module_does_not_hide_the_function():
+    import shoal.compress  # noqa: PLC0415
+
+    assert callable(shoal.compress)
+    assert shoal.compress.__module__ == "shoal"
