@@ -52,8 +52,8 @@ class DistillationRun:
     """Iterating trains; each step yields {step, num_tokens, loss, learning_rate, gradient_norm, …}.
 
     Eight times at most, and after the last step, it also yields `held_out_kl` and `held_out_perplexity`; the
-    weights with the lowest `held_out_kl` are the ones that `finish` leaves. Raises `Diverged` on a loss that is not finite, ValueError if
-    there is nothing to train.
+    weights with the lowest `held_out_kl` are the ones that `finish` leaves. Raises `Diverged` on a loss that is not
+    finite, ValueError if there is nothing to train.
     """
 
     def __init__(

@@ -37,8 +37,8 @@ def write_frontier_page(path: Path, name: str, points: Sequence[Point]) -> None:
         note = (
             f"Perplexity on {html.escape(first.text.name)}, {first.text.num_tokens:,} tokens (sha256 "
             f"{(first.text.sha256 or '')[:8]}), {points[0].recipe.dtype} on {points[0].device}. Bars are one standard "
-            "error over windows. Errors of compressed and dense model go together: the ratio in the table is far surer than "
-            "the two bars suggest. Up and to the right is worse."
+            "error over windows. Errors of compressed and dense model go together: the ratio in the table is far surer "
+            "than the two bars suggest. Up and to the right is worse."
         )
         sections += [
             _draw(frontier_figure(points, frontier)),

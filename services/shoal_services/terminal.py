@@ -59,7 +59,8 @@ class ProgressDisplay:
         distilled = f"{recipe.distillation.num_tokens:,} tokens distilled" if recipe.distillation else "not distilled"
         self.progress.console.print(
             f"trial {result.key}: {recipe.num_replaced} blocks {recipe.kind}, {distilled}: "
-            f"{point.num_parameters / 1e6:.1f} M, perplexity {first.perplexity:.2f} ± {first.standard_error:.2f} (dense {first.dense_perplexity:.2f})"
+            f"{point.num_parameters / 1e6:.1f} M, "
+            f"perplexity {first.perplexity:.2f} ± {first.standard_error:.2f} (dense {first.dense_perplexity:.2f})"
         )
 
     def note(self, stage: str, text: str) -> None:

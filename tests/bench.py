@@ -1,0 +1,159 @@
+"""Speed and memory as ratios measured in one run: `make bench`, or `python tests/bench.py calibrate linearity`.
+
+Each row says what is compared, the ratio, and the bound that the project sets itself. Medians of several rounds in
+turns, so that other load on the machine hits both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from shoal.corpus import Texts, load_corpus
+from shoal.evaluate import evaluate
+from shoal.linearity import score_gram
+from shoal.models import load_model, load_tokenizer
+from shoal.moments import Gram, measure_moments
+from shoal.teacher import measure_targets
+from shoal.text import TokenWindows
+
+MODEL = "smollm2-135m"
+
+
+def time_in_turns(*works: Callable[[], object], rounds: int = 3) -> list[float]:
+    """Median seconds of each piece of work, after one round to warm up."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for round_index in range(rounds + 1):
+        for work, taken in zip(works, seconds, strict=True):
+            start = time.perf_counter()
+            work()
+            if round_index:
+                taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def load_windows(num_tokens: int, window: int = 1024) -> TokenWindows:
+    texts = Texts(calibration_tokens=num_tokens, window=window)
+    return load_corpus(texts, load_tokenizer(MODEL), load_model(MODEL).config).calibration
+
+
+@torch.no_grad()
+def calibrate() -> list[tuple[str, str, str]]:
+    """The moments pass beside a bare forward pass with LM head over the same tokens in the same dtype."""
+    model, windows = load_model(MODEL), load_windows(16_384)
+
+    def forward() -> None:
+        for ids in windows.ids.split(8):
+            model(input_ids=ids.to(model.device), use_cache=False)
+
+    passed, moments = time_in_turns(forward, lambda: measure_moments(model, windows))
+    rate = windows.num_tokens / moments
+    return [(f"moments pass / forward pass ({rate:,.0f} tokens/s)", f"{moments / passed:.2f} ×", "≤ 1.15 ×")]
+
+
+def memory() -> list[tuple[str, str, str]]:
+    """Peak resident memory of a process that calibrates on few and on many tokens."""
+    code = (
+        "import resource, sys, torch; sys.path.insert(0, 'tests'); import bench\n"
+        "from shoal.moments import measure_moments; from shoal.models import load_model\n"
+        "from shoal.text import TokenWindows\n"
+        "w = bench.load_windows(8192); n = int(sys.argv[1]) // 1024\n"
+        "w = TokenWindows(w.ids.repeat(n // len(w) + 1, 1)[:n], 'repeated')\n"
+        "measure_moments(load_model(bench.MODEL), w); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    peaks = []
+    for num_tokens in (8_192, 262_144):
+        done = subprocess.run([sys.executable, "-c", code, str(num_tokens)], capture_output=True, text=True, check=True)
+        peaks.append(float(done.stdout.split()[-1]))
+    label = f"peak memory, 256k tokens / 8k tokens ({peaks[1]:,.0f} / {peaks[0]:,.0f} MiB)"
+    return [(label, f"{peaks[1] / peaks[0]:.2f} ×", "≤ 1.05 ×")]
+
+
+def linearity() -> list[tuple[str, str, str]]:
+    """All pairs of 14,336 tokens: scores from moments beside the SVD procedure of arXiv 2405.12250."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(14_336, 576, generator=generator)
+    y = x + 0.3 * torch.randn(14_336, 576, generator=generator)
+
+    def by_svd() -> float:
+        a, b = x - x.mean(0), y - y.mean(0)
+        a, b = a / a.norm(), b / b.norm()
+        u, s, vh = torch.linalg.svd(a, full_matrices=False)
+        return float(1 - (a @ (vh.T * (1 / s) @ u.T @ b) - b).square().sum())
+
+    def by_moments() -> float:
+        gram = Gram.zeros(1, 576, 576)
+        gram.add(0, x.bfloat16(), y.bfloat16())
+        return score_gram(gram)[0]
+
+    svd, moments = time_in_turns(by_svd, by_moments)
+    label = f"linearity of one block, SVD / moments (scores {by_svd():.4f}, {by_moments():.4f})"
+    return [(label, f"{svd / moments:.0f} ×", "≥ 10 ×")]
+
+
+def dtypes() -> list[tuple[str, str, str]]:
+    """Evaluation in bfloat16 beside float32."""
+    results, works = [], []
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(MODEL, dtype=dtype)
+        texts = Texts(evaluation_tokens=4_096)
+        windows = load_corpus(texts, load_tokenizer(MODEL), model.config).evaluation[0]
+        dense = measure_targets(model, windows)
+        results.append(evaluate(model, windows, dense))
+        works.append(lambda model=model, windows=windows, dense=dense: evaluate(model, windows, dense))
+    full, half = time_in_turns(*works, rounds=1)
+    difference = abs(results[0].perplexity - results[1].perplexity) / results[0].standard_error
+    return [
+        ("evaluation, float32 / bfloat16 seconds", f"{full / half:.1f} ×", "≥ 5 × (with AMX)"),
+        ("perplexity difference, in standard errors", f"{difference:.3f}", "≤ 1"),
+    ]
+
+
+def compress() -> list[tuple[str, str, str]]:
+    """`shoal compress smollm2-135m --num-replaced 6`, from the command to the saved and evaluated model."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["shoal", "compress", MODEL, "--num-replaced", "6", "--out", f"{folder}/model"]
+        start = time.perf_counter()
+        subprocess.run([shutil.which(command[0], path=str(Path(sys.executable).parent)), *command[1:]], check=True)
+        seconds = time.perf_counter() - start
+    return [("shoal compress, 6 blocks, no distillation", f"{seconds:.0f} s", "≤ 75 s")]
+
+
+def trials() -> list[tuple[str, str, str]]:
+    """A trial's wall time outside loading, fitting, distilling and evaluating: the smoke search, one trial at a time."""
+    shoal = shutil.which("shoal", path=str(Path(sys.executable).parent))
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([shoal, "search", "tune_configs/smoke.yaml", "--storage", folder, "--num-cpus", "1"], check=True)
+        overheads = []
+        for file in Path(folder).glob("smoke/trials/*/result.json"):
+            seconds = json.loads(file.read_text())["point"]["seconds"]
+            wall = file.stat().st_mtime - (file.parent / "assignment.json").stat().st_mtime
+            overheads.append(wall - sum(seconds[stage] for stage in ("fit", "distil", "evaluate")))
+    return [("a trial outside torch work (median)", f"{statistics.median(overheads):.1f} s", "≤ 8 s")]
+
+
+BENCHMARKS = {work.__name__: work for work in (calibrate, memory, linearity, dtypes, compress, trials)}
+
+
+def main(names: list[str]) -> None:
+    table = Table(
+        "what", "measured", "bound", title=f"{MODEL}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    for name in names or BENCHMARKS:
+        for row in BENCHMARKS[name]():
+            table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
