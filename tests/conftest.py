@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it
@@ -17,6 +18,7 @@ import transformers
 from shoal.blocks import find_blocks
 from shoal.models import load_tokenizer
 from shoal.moments import Moments
+from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
 from shoal.text import TokenWindows
 
 # Tiny tensors: more threads gain nothing, and wait for each other where other programs use the cores.
@@ -138,3 +140,25 @@ def make_affine(model: transformers.PreTrainedModel, block: int, *, seed: int = 
     width = model.config.hidden_size
     update, bias = torch.randn(width, width, generator=generator) / width, torch.randn(width, generator=generator) / 100
     find_blocks(model)[block].forward = lambda hidden_states, **_: hidden_states + hidden_states @ update + bias
+
+
+def make_point(num_parameters: int, perplexity: float, *, artefact: Path | None = None, **recipe: object) -> Point:
+    """A point as a search makes them, of this size and perplexity."""
+    text = Text(name="prose", sha256="0123456789abcdef", num_tokens=16384)
+    values = {"base_model": "tiny-random", "num_replaced": 2, "blocks": (3, 4), "dtype": "float32", **recipe}
+    return Point(
+        recipe=Recipe.model_validate(values),
+        evaluations=(
+            Evaluation(
+                text=text, dense_perplexity=9.87, dense_standard_error=0.12,
+                perplexity=perplexity, standard_error=perplexity / 64,
+                log_ratio=math.log(perplexity / 9.87), log_ratio_standard_error=0.03, kl=0.4, kl_standard_error=0.05,
+                top1_agreement=0.9,
+            ),
+        ),
+        size=Size(num_parameters=num_parameters, num_bytes=4 * num_parameters, kv_bytes_per_token=1024),
+        dense_size=Size(num_parameters=123_400_000, num_bytes=493_600_000, kv_bytes_per_token=1280),
+        speed=Speed(prefill_tokens_per_s=200, decode_tokens_per_s=30),
+        dense_speed=Speed(prefill_tokens_per_s=100, decode_tokens_per_s=20),
+        artefact=str(artefact) if artefact else None,
+    )  # fmt: skip

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import shoal
-import torch
 import transformers
 from conftest import write_prose
 from pydantic import ValidationError
@@ -165,7 +164,7 @@ def test_the_library_does_not_know_the_cluster(code, absent):
 
 
 def test_importing_the_module_does_not_hide_the_function():
-    import shoal.compress  # noqa: PLC0415
+    import shoal.compress
 
     assert callable(shoal.compress)
     assert shoal.compress.__module__ == "shoal"

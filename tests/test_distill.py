@@ -177,7 +177,7 @@ def test_poisoned_weights_diverge_at_once(teacher):
 def test_the_best_checked_weights_are_the_ones_that_stay(teacher):
     """A learning rate far too high makes all later checks worse than the first."""
     run = make_run(teacher, lesson=Lesson(WINDOWS, held_out=HELD_OUT), learning_rate=1.0, num_steps=8)
-    checks = [metrics["held_out_kl"] for metrics in run]
+    checks = [metrics["held_out_kl"] for metrics in run if "held_out_kl" in metrics]
     assert min(checks[1:]) > checks[0]
     assert_same_weights(run.finish(), make_student(teacher), rtol=0, atol=0)
 
@@ -186,7 +186,7 @@ def test_patience_stops_early(teacher):
     lesson = Lesson(WINDOWS, held_out=HELD_OUT)
     patient, impatient = (list(make_run(teacher, lesson=lesson, learning_rate=1.0, patience=p)) for p in (None, 2))
     assert patient[-1]["step"] == 24
-    assert impatient[-1]["step"] == 6  # a check every third step, two of them in vain
+    assert sum("held_out_kl" in metrics for metrics in impatient) == 3  # the first, and two in vain
     assert impatient == patient[: len(impatient)]
 
 
@@ -234,10 +234,10 @@ def test_two_ranks_learn_what_one_does(teacher, tmp_path):
 
 
 def test_the_seed_is_all_the_randomness_there_is(teacher):
-    state = torch.random.get_rng_state()
+    students, state = [make_student(teacher) for _ in range(3)], torch.random.get_rng_state()
     first, same, other = (
-        DistillationRun(make_student(teacher), teacher, Lesson(WINDOWS), settings(trained="lora"), replaced=(2,), seed=seed)
-        for seed in (3, 3, 4)
+        DistillationRun(student, teacher, Lesson(WINDOWS), settings(trained="lora"), replaced=(2,), seed=seed)
+        for student, seed in zip(students, (3, 3, 4), strict=True)
     )
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(p, q) for p, q in zip(first.trained, same.trained, strict=True))

@@ -106,7 +106,7 @@ def test_targets_survive_their_file(llama, windows, tmp_path):
             )
         )
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="damaged .*delete the file and measure again"):
+    with pytest.raises(ValueError, match=r"damaged .*delete the file and measure again"):
         TeacherTargets.load(file)
 
 

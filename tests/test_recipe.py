@@ -18,7 +18,7 @@ texts = st.builds(Text, name=names, sha256=st.none() | names, num_tokens=counts)
 weights = st.builds(LossWeights, logit_kl=positive, layer_mse=positive, square_head=positive, cosine=positive)
 distillations = st.builds(
     Distillation, num_tokens=counts, learning_rate=positive, temperature=positive, loss=weights,
-    trained=st.sampled_from(["maps", "lora", "all"]), window=st.integers(8, 4096), patience=st.none() | st.integers(1, 9),
+    trained=st.sampled_from(["lora", "all"]), window=st.integers(8, 4096), patience=st.none() | st.integers(1, 9),
 )  # fmt: skip
 
 
@@ -31,7 +31,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
         num_replaced=draw(st.integers(0, 99)) if blocks is None else len(blocks),
         blocks=blocks, selection="linearity" if blocks is None else "listed",
         ridge=draw(st.none() | st.floats(0, 1e6)), calibration=tuple(draw(st.lists(texts, max_size=2))),
-        distillation_text=draw(st.none() | texts), distillation=draw(st.none() | distillations), seed=draw(st.integers(0, 2**31)),
+        distillation_text=draw(st.none() | texts), distillation=draw(st.none() | distillations),
+        seed=draw(st.integers(0, 2**31)),
     )  # fmt: skip
 
 
@@ -40,8 +41,9 @@ evaluations = st.builds(Evaluation, text=texts, **{name: numbers for name in Eva
 sizes = st.builds(Size, num_parameters=counts, num_bytes=counts, kv_bytes_per_token=counts)
 speeds = st.builds(Speed, prefill_tokens_per_s=positive, decode_tokens_per_s=positive)
 points = st.builds(
-    Point, recipe=recipes(), evaluations=st.lists(evaluations, min_size=1, max_size=3).map(tuple), size=sizes, dense_size=sizes,
-    speed=st.none() | speeds, dense_speed=st.none() | speeds, seconds=st.dictionaries(names, numbers, max_size=3),
+    Point, recipe=recipes(), evaluations=st.lists(evaluations, min_size=1, max_size=3).map(tuple), size=sizes,
+    dense_size=sizes, speed=st.none() | speeds, dense_speed=st.none() | speeds,
+    seconds=st.dictionaries(names, numbers, max_size=3),
 )  # fmt: skip
 
 
@@ -84,6 +86,7 @@ def test_an_unknown_key_is_refused_by_name(value):
         ({"kind": "low_rank"}, "rank=None"),
         ({"kind": "low_rank", "rank": 0}, "greater than or equal to 1"),
         ({"kind": "folded", "fit": "independent"}, "use fit='in_order'"),
+        ({"kind": "dropped", "distillation": {"trained": "maps"}}, "leaves no maps to train"),
         ({"kind": "pruned"}, "'linear', 'low_rank', 'folded' or 'dropped'"),
         ({"selection": "random"}, "'greedy_kl'"),
         ({"num_replaced": -1}, "greater than or equal to 0"),

@@ -9,19 +9,20 @@ import torch
 import transformers
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
 from shoal.replace import AffineMap, Replacement, apply_replacement
-from shoal.store import hash_folder, load_point, save, save_point, write_atomically
+from shoal.store import hash_folder, load_point, save, save_point
 
 RECIPE = Recipe(base_model="tiny", num_replaced=1, blocks=(2,), selection="listed", dtype="float32", seed=7)
 EVALUATION = Evaluation(
     text=Text(name="prose", sha256="0123456789abcdef", num_tokens=16384), dense_perplexity=11.11, dense_standard_error=0.22,
-    perplexity=33.33, standard_error=0.44, log_ratio=0.5555, log_ratio_standard_error=0.0066, kl=0.7777, kl_standard_error=0.0088,
-    top1_agreement=0.999,
+    perplexity=33.33, standard_error=0.44, log_ratio=0.5555, log_ratio_standard_error=0.0066,
+    kl=0.7777, kl_standard_error=0.0088, top1_agreement=0.999,
 )  # fmt: skip
 POINT = Point(
     recipe=RECIPE, evaluations=(EVALUATION,),
     dense_size=Size(num_parameters=4000, num_bytes=16000, kv_bytes_per_token=1280),
     size=Size(num_parameters=3000, num_bytes=12000, kv_bytes_per_token=1024),
-    dense_speed=Speed(prefill_tokens_per_s=1234, decode_tokens_per_s=56.7), speed=Speed(prefill_tokens_per_s=2345, decode_tokens_per_s=67.8),
+    dense_speed=Speed(prefill_tokens_per_s=1234, decode_tokens_per_s=56.7),
+    speed=Speed(prefill_tokens_per_s=2345, decode_tokens_per_s=67.8),
 )  # fmt: skip
 
 
@@ -111,12 +112,13 @@ def test_the_card_shows_every_number_beside_the_dense_one(folder):
 
 @pytest.mark.parametrize("kind", ["linear", "dropped"])
 def test_the_card_says_how_to_load(folder, kind):
-    """Its code runs as written for the model's kind: stock models need no trust."""
+    """Stock models need no trust."""
     save_point(folder, POINT.model_copy(update={"recipe": RECIPE.model_copy(update={"kind": kind})}))
     card = (folder / "README.md").read_text()
     assert "base_model: tiny" in card
     assert "25.0% fewer parameters" in card
-    assert ("trust_remote_code=True" in card) == ("shoal.load(folder)" in card) == (kind == "linear")
+    assert ("trust_remote_code=True" in card) == (kind == "linear")
+    assert "shoal.load(folder)" in card
 
 
 def test_the_code_on_the_card_runs(llama, tokenizer, tmp_path):
@@ -133,6 +135,6 @@ def test_the_code_on_the_card_runs(llama, tokenizer, tmp_path):
 def test_text_is_replaced_in_one_step(tmp_path):
     file = tmp_path / "point.json"
     for text in ("first", "second, ünïcode"):
-        write_atomically(file, json.dumps(text))
+        write_text(file, json.dumps(text))
         assert json.loads(file.read_text(encoding="utf-8")) == text
     assert [path.name for path in tmp_path.iterdir()] == ["point.json"]
