@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -20,6 +21,10 @@ from shoal.models import load_tokenizer
 from shoal.moments import Moments
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
 from shoal.text import TokenWindows
+
+# A busy machine is slow, not wrong.
+hypothesis.settings.register_profile("shoal", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("shoal")
 
 # Tiny tensors: more threads gain nothing, and wait for each other where other programs use the cores.
 torch.set_num_threads(1)
