@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
+from shoal.files import write_text
 from shoal.frontier import find_frontier
 from shoal.recipe import Point, Value
-from shoal.store import write_atomically
 
 from shoal_services.config import SearchConfig
 
@@ -64,7 +64,10 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         file = self.root / "config.json"
         if file.exists():
-            held = json.loads(file.read_text())
+            try:
+                held = json.loads(file.read_text())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{str(file)!r} is damaged ({error}); delete it to go on") from error
             different = sorted(
                 key for key in {*held, *config.science} - {"search"} if held.get(key) != config.science.get(key)
             )
@@ -73,7 +76,7 @@ class RunFolder:
                     f"{str(self.root)!r} holds another search named {config.name!r}: {', '.join(different)} differ; "
                     "choose another name, or delete the folder"
                 )
-        write_atomically(file, json.dumps(config.science, indent=2))
+        write_text(file, json.dumps(config.science, indent=2))
 
     def read_result(self, key: str) -> TrialResult | None:
         """A trial's result, None if it has not ended. Raises ValueError if the file is damaged."""
@@ -91,7 +94,7 @@ class RunFolder:
     def write_result(self, result: TrialResult) -> None:
         """Ends a trial: this file is the last that is written."""
         self.trial(result.key).mkdir(parents=True, exist_ok=True)
-        write_atomically(self.trial(result.key) / "result.json", result.model_dump_json(indent=2))
+        write_text(self.trial(result.key) / "result.json", result.model_dump_json(indent=2))
 
     def read_results(self) -> list[TrialResult]:
         """All trials that have ended, by key."""
@@ -106,7 +109,7 @@ class RunFolder:
     def write_started(self, key: str, assignment: dict[str, Any]) -> None:
         """Notes that a trial has begun, so that a later start of the search begins with it."""
         self.trial(key).mkdir(parents=True, exist_ok=True)
-        write_atomically(self.trial(key) / "assignment.json", json.dumps(assignment))
+        write_text(self.trial(key) / "assignment.json", json.dumps(assignment))
 
     def find_points(self) -> list[Point]:
         """The points of all finished trials."""
@@ -133,7 +136,7 @@ class ProgressFile:
         now = time.monotonic()
         if stage != self.stage or done >= total or now - self.written_at > 0.5:
             self.written_at, self.stage = now, stage
-            write_atomically(self.path, json.dumps({"stage": stage, "done": done, "total": total}))
+            write_text(self.path, json.dumps({"stage": stage, "done": done, "total": total}))
 
 
 def read_progress(path: Path) -> tuple[str, int, int] | None:
