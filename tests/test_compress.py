@@ -10,10 +10,10 @@ import shoal
 import transformers
 from conftest import write_prose
 from pydantic import ValidationError
-from shoal.corpus import Texts, load_corpus
+from shoal.corpus import load_corpus
 from shoal.evaluate import evaluate
 from shoal.models import hash_weights, load_model, load_tokenizer
-from shoal.recipe import KINDS
+from shoal.recipe import KINDS, Texts
 from shoal.store import load_point
 from shoal.teacher import measure_targets
 

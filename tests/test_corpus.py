@@ -6,7 +6,8 @@ import pytest
 import transformers
 from conftest import write_prose
 from pydantic import ValidationError
-from shoal.corpus import Texts, load_corpus
+from shoal.corpus import load_corpus
+from shoal.recipe import Texts
 from shoal.text import check_overlap
 
 CONFIG = transformers.LlamaConfig(max_position_embeddings=256)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from shoal.files import write_text
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
 from shoal.replace import AffineMap, Replacement, apply_replacement
 from shoal.store import hash_folder, load_point, save, save_point

@@ -11,7 +11,7 @@ from conftest import make_ids, write_prose
 from hypothesis import given
 from hypothesis import strategies as st
 from shoal.text import (
-    PACKAGED,
+    PACKAGED_TEXT,
     SHARES,
     Documents,
     TokenWindows,
@@ -56,7 +56,7 @@ def test_parquet_documents_that_hold_text(tmp_path):
 
 
 def test_the_packaged_sample_is_prose():
-    documents = load_documents(PACKAGED)
+    documents = load_documents(PACKAGED_TEXT)
     assert len(documents.texts) > 50
     assert all("{{" not in text and "[[" not in text for text in documents.texts)
     assert sum(map(len, documents.texts)) > 500_000

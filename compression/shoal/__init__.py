@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from shoal.corpus import Texts
-    from shoal.recipe import Point
+    from shoal.recipe import Point, Texts
 
 __version__ = "0.1.0"
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from shoal.choose import choose_blocks, make_kl_cost
-from shoal.corpus import Corpus, Texts, load_corpus
+from shoal.corpus import Corpus, load_corpus
 from shoal.distill import DistillationRun, Lesson
 from shoal.evaluate import evaluate, measure_size, measure_speeds
 from shoal.fit import fit_independent
 from shoal.models import hash_weights, load_model, load_tokenizer
 from shoal.prepare import Listener, Preparation, ignore, prepare
-from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
+from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text, Texts
 from shoal.replace import Replacement, apply_replacement
 from shoal.store import save, save_point
 from shoal.text import TokenWindows

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
 import torch
-from pydantic import BeforeValidator, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from shoal.recipe import Value
-from shoal.text import PACKAGED, TokenWindows, check_overlap, deal_documents, load_documents, make_windows
+from shoal.files import write_aside
+from shoal.recipe import Texts
+from shoal.text import TokenWindows, check_overlap, deal_documents, load_documents, make_windows
 
 TRAINING_ROLES = ("calibration", "distillation", "selection")
-
-
-def _as_tuple(names: object) -> object:
-    return (names,) if isinstance(names, str) else names
-
-
-Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-
-
-class Texts(Value):
-    """Where the texts come from (one source or several, as in `shoal.text`) and how much of them is used.
-
-    A source named both for training and for evaluation is shared out by documents.
-    """
-
-    train: Sources = (PACKAGED,)
-    evaluation: Sources = (PACKAGED,)
-    calibration_tokens: int = Field(default=32_768, ge=1)
-    evaluation_tokens: int = Field(default=16_384, ge=1, description="of each evaluation text")
-    selection_tokens: int = Field(default=4_096, ge=1, description="held out from training: for choices and early stops")
-    window: int = Field(default=1024, ge=8, description="tokens per window in calibration and evaluation")
 
 
 @dataclass(frozen=True)
@@ -54,10 +32,9 @@ class Corpus:
         roles = {"calibration": self.calibration, "selection": self.selection, "distillation": self.distillation}
         roles |= {f"evaluation.{index}": windows for index, windows in enumerate(self.evaluation)}
         given = {role: windows for role, windows in roles.items() if windows is not None}
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         names = {role: windows.name for role, windows in given.items()}
-        save_file({role: windows.ids.contiguous() for role, windows in given.items()}, aside, names)
-        aside.rename(path)
+        with write_aside(path) as aside:
+            save_file({role: windows.ids.contiguous() for role, windows in given.items()}, aside, names)
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal import modeling_shoal
+from shoal.files import write_aside
 from shoal.recipe import Recipe
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -167,12 +167,12 @@ def convert_packaged(alias: str) -> Path:
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{alias}-{os.getpid()}")
-    (_convert_smollm2 if alias == "smollm2-135m" else _make_tiny_random)(aside)
     try:
-        aside.rename(folder)
-    except OSError:  # another process was first: its folder is the same
-        shutil.rmtree(aside)
+        with write_aside(folder) as aside:
+            (_convert_smollm2 if alias == "smollm2-135m" else _make_tiny_random)(aside)
+    except OSError:
+        if not folder.exists():  # if it is there, another process was first: its folder is the same
+            raise
     return folder
 
 

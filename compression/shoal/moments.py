@@ -11,7 +11,6 @@ near 1, but maps must be fitted with them.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.blocks import find_blocks, text_config, watch_boundaries
+from shoal.files import write_aside
 from shoal.text import TokenWindows
 
 # Ordinary tokens stay within 3 times the median norm, massive activations exceed 20 (SmolLM2-135M, Llama family).
@@ -167,10 +167,9 @@ class Moments:
         """Writes a safetensors file, aside and renamed: a reader never sees half of it."""
         tensors = {f"{name}.{f.name}": getattr(gram, f.name) for name, gram in self.grams.items() for f in fields(gram)}
         tensors |= {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         metadata = {"source": self.source, "num_windows": str(self.num_windows)}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)
-        aside.rename(path)
+        with write_aside(path) as aside:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)
 
     @classmethod
     def load(cls, path: Path, device: torch.device | None = None) -> Self:

@@ -6,13 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.corpus import Texts, load_corpus
+from shoal.corpus import load_corpus
 from shoal.evaluate import evaluate
 from shoal.linearity import RANKING, BlockLinearity, measure_token_errors, score_blocks
 from shoal.models import load_model, load_tokenizer, recipe_of
 from shoal.moments import measure_moments
 from shoal.prepare import Listener, count_on, ignore
-from shoal.recipe import Evaluation, Text
+from shoal.recipe import Evaluation, Text, Texts
 from shoal.teacher import measure_targets
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Kind = Literal["linear", "low_rank", "folded", "dropped"]
 Selection = Literal[
@@ -18,6 +18,7 @@ Selection = Literal[
 Fit = Literal["in_order", "independent"]
 Trained = Literal["maps", "lora", "all"]
 
+PACKAGED_TEXT = "wikipedia-sample"
 KINDS: tuple[Kind, ...] = ("linear", "low_rank", "folded", "dropped")
 
 
@@ -33,6 +34,27 @@ class Text(Value):
     name: str
     sha256: str | None = None
     num_tokens: int = Field(ge=1)
+
+
+def _as_tuple(names: object) -> object:
+    return (names,) if isinstance(names, str) else names
+
+
+Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
+class Texts(Value):
+    """Where the texts come from (one source or several, see `shoal.text`) and how much of them is used.
+
+    A source named both for training and for evaluation is shared out by documents.
+    """
+
+    train: Sources = (PACKAGED_TEXT,)
+    evaluation: Sources = (PACKAGED_TEXT,)
+    calibration_tokens: int = Field(default=32_768, ge=1)
+    evaluation_tokens: int = Field(default=16_384, ge=1, description="of each evaluation text")
+    selection_tokens: int = Field(default=4_096, ge=1, description="held out from training: for choices and early stops")
+    window: int = Field(default=1024, ge=8, description="tokens per window in calibration and evaluation")
 
 
 class LossWeights(Value):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shoal.blocks import check_block_indices, drop_blocks, find_blocks, find_down_proj, text_config
+from shoal.files import write_aside
 from shoal.modeling_shoal import LinearBlock, attach
 
 
@@ -74,10 +74,9 @@ class Replacement:
             parts = affine.update if isinstance(affine.update, tuple) else (affine.update,)
             tensors |= {f"map.{block}.update.{i}": part for i, part in enumerate(parts)}
             tensors[f"map.{block}.bias"] = affine.bias
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         blocks = ",".join(map(str, self.blocks))
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, aside, {"blocks": blocks})
-        aside.rename(path)
+        with write_aside(path) as aside:
+            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, aside, {"blocks": blocks})
 
     @classmethod
     def load(cls, path: Path) -> Self:

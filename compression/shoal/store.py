@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal import modeling_shoal
 from shoal.blocks import text_config
 from shoal.card import write_card
+from shoal.files import write_aside, write_text
 from shoal.recipe import Point, Recipe
 
 
@@ -31,8 +31,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     if folder.exists():
         raise FileExistsError(f"{str(folder)!r} exists already; delete it or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
+    with write_aside(folder) as aside:
         holds_maps = bool(getattr(text_config(model), "linear_blocks", None))
         # Transformers renames some weights of its own classes on the way in and out, but not those of other classes.
         model.save_pretrained(aside, save_original_format=not holds_maps)
@@ -40,9 +39,6 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         if holds_maps:
             _name_remote_code(aside, model)
         (aside / "recipe.json").write_text(recipe.model_dump_json(indent=2))
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _name_remote_code(folder: Path, model: PreTrainedModel) -> None:
@@ -62,8 +58,8 @@ def _name_remote_code(folder: Path, model: PreTrainedModel) -> None:
 def save_point(folder: Path, point: Point) -> Point:
     """Puts the numbers and the model card beside the weights; returns the point with folder and hash filled in."""
     point = point.model_copy(update={"artefact": str(folder), "artefact_sha256": hash_folder(folder)})
-    write_atomically(folder / "README.md", write_card(point))
-    write_atomically(folder / "point.json", point.model_dump_json(indent=2))
+    write_text(folder / "README.md", write_card(point))
+    write_text(folder / "point.json", point.model_dump_json(indent=2))
     return point
 
 
@@ -83,10 +79,3 @@ def hash_folder(folder: Path) -> str:
             digest.update(path.name.encode())
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file's text in one step."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.rename(path)

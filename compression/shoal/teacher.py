@@ -5,7 +5,6 @@ Enough for evaluation beside the dense model and for distillation of the logits 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.blocks import text_config
+from shoal.files import write_aside
 from shoal.losses import TopTokens
 from shoal.text import TokenWindows
 
@@ -52,9 +52,8 @@ class TeacherTargets:
         """Writes a safetensors file, aside and renamed."""
         normalizers = {f"log_normalizer.{t}": tensor for t, tensor in self.log_normalizers.items()}
         tensors = {"ids": self.ids, "logits": self.logits, "nll": self.nll, **normalizers}
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, aside, {"text_sha256": self.text_sha256})
-        aside.rename(path)
+        with write_aside(path) as aside:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, aside, {"text_sha256": self.text_sha256})
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-PACKAGED = "wikipedia-sample"
+from shoal.recipe import PACKAGED_TEXT
+
 TEXT_FIELDS = ("text", "content", "document", "story", "article")
 # Fractions of a source that several roles share. A role gets what it needs from its share, and no more.
 SHARES = {"calibration": 0.4, "distillation": 0.4, "selection": 0.08, "evaluation": 0.12}
@@ -65,7 +66,7 @@ def load_documents(source: str) -> Documents:
 
     Raises ValueError if it is not there, holds no text, or has no column that is clearly the text.
     """
-    if source == PACKAGED:
+    if source == PACKAGED_TEXT:
         documents = Documents(source, _read_wikipedia_sample())
     elif Path(source).suffix in (".txt", ".jsonl", ".parquet"):
         documents = _read_file(Path(source))
@@ -135,7 +136,7 @@ def _read_hub(source: str) -> Documents:
         return _from_columns(source, load_dataset(name, config or None, split=split or "train"))
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"cannot load text {source!r}: it is not {PACKAGED!r}, no local .txt, .jsonl or .parquet file, and not a "
+            f"cannot load text {source!r}: it is not {PACKAGED_TEXT!r}, no local .txt, .jsonl or .parquet file, and not a "
             f"dataset that the Hub (or its cache) gives: {_first_line(error)}"
         ) from error
 

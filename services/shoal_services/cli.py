@@ -331,7 +331,7 @@ def doctor(
 
 
 def _make_texts(train: list[str], evaluation: list[str], **sizes: int):
-    from shoal.corpus import Texts
+    from shoal.recipe import Texts
 
     return Texts.model_validate({"train": tuple(train), "evaluation": tuple(evaluation), **sizes})
 

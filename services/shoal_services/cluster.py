@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import ray
-from shoal.store import write_atomically
+from shoal.files import write_text
 
 from shoal_services.config import Run
 
@@ -89,7 +89,7 @@ def check_writable(storage: Path) -> None:
         raise ValueError(f"storage {str(storage)!r}: {str(existing)!r} is a file; choose another run.storage")
     marker = existing / f".shoal-{uuid.uuid4().hex}"
     try:
-        write_atomically(marker, "written by the check before a search")
+        write_text(marker, "written by the check before a search")
         marker.unlink()
     except OSError as error:
         raise ValueError(
@@ -112,7 +112,7 @@ def _check_nodes(nodes: list[dict], storage: Path) -> None:
     """Every node sees the same storage and runs the same versions."""
     storage.mkdir(parents=True, exist_ok=True)
     marker = storage / f".shoal-{uuid.uuid4().hex}"
-    write_atomically(marker, "written by the check before a search")
+    write_text(marker, "written by the check before a search")
     look = ray.remote(num_cpus=0, max_retries=0)(_look_from_node)
     here = describe_versions()
     try:

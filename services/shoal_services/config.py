@@ -23,8 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from shoal.corpus import Texts
-from shoal.recipe import KINDS, Distillation, Fit, LossWeights, Recipe, Selection, Trained, Value
+from shoal.recipe import KINDS, Distillation, Fit, LossWeights, Recipe, Selection, Texts, Trained, Value
 from typing_extensions import TypeAliasType
 
 T = TypeVar("T")

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import plotly.graph_objects as go
+from shoal.files import write_text
 from shoal.frontier import find_frontier, name_picks
 from shoal.linearity import RANKING_REASON, BlockLinearity
 from shoal.recipe import KINDS, Point
-from shoal.store import write_atomically
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00"), strict=True))
@@ -45,7 +45,7 @@ def write_frontier_page(path: Path, name: str, points: Sequence[Point]) -> None:
             f"<p class='note'>{note}</p>",
             _frontier_table(points, frontier),
         ]
-    write_atomically(path, _page(f"{name}: frontier", sections))
+    write_text(path, _page(f"{name}: frontier", sections))
 
 
 def frontier_figure(points: Sequence[Point], frontier: Sequence[Point]) -> go.Figure:
@@ -157,7 +157,7 @@ def write_linearity_page(
         f"<p class='note'>{note} Noise floor of the in-sample scores: {scores[0].noise_floor:.3f}.</p>",
         _linearity_table(scores, token_errors),
     ]
-    write_atomically(path, _page(f"{name}: linearity", sections))
+    write_text(path, _page(f"{name}: linearity", sections))
 
 
 def linearity_figure(models: Mapping[str, Sequence[BlockLinearity]]) -> go.Figure:

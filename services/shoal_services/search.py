@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 import ray
+from shoal.files import write_text
 from shoal.frontier import find_frontier, name_picks
 from shoal.linearity import BlockLinearity, score_blocks
 from shoal.models import describe_source
 from shoal.moments import Moments
 from shoal.recipe import Point
-from shoal.store import write_atomically
 
 from shoal_services.calibrate import prepare_search
 from shoal_services.cluster import check_cluster, connect
@@ -62,7 +62,7 @@ def run_search(config: SearchConfig, audience: Audience, *, num_cpus: int | None
     audience("start Ray", 1, 1)
     prepare_search(config, folder, concurrent, audience)
     scores = score_blocks(Moments.load(folder.prepared / "moments.safetensors"))
-    write_atomically(folder.root / "linearity.json", json.dumps([dataclasses.asdict(score) for score in scores], indent=2))
+    write_text(folder.root / "linearity.json", json.dumps([dataclasses.asdict(score) for score in scores], indent=2))
     write_linearity_page(folder.root / "linearity.html", {config.model: scores})
     audience.show_linearity(config.model, scores)
 
@@ -99,7 +99,7 @@ def write_frontier(config: SearchConfig, folder: RunFolder) -> list[Point]:
     frontier = find_frontier(points)
     picks = {name: point.artefact for name, point in name_picks(frontier).items()}
     payload = {"picks": picks, "frontier": [json.loads(point.model_dump_json()) for point in frontier]}
-    write_atomically(folder.root / "frontier.json", json.dumps(payload, indent=2))
+    write_text(folder.root / "frontier.json", json.dumps(payload, indent=2))
     write_frontier_page(folder.root / "frontier.html", config.name, points)
     return frontier
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import ray.train
@@ -22,12 +22,14 @@ from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
-from shoal.prepare import Listener
 
 from shoal_services.config import Choice, Range, SearchConfig, read_assignment
 from shoal_services.events import SearchEvents
 from shoal_services.folder import RunFolder, TrialResult
-from shoal_services.train import train_trial
+from shoal_services.worker import train_worker
+
+if TYPE_CHECKING:
+    from shoal.prepare import Listener
 
 OBJECTIVES = {"held_out_perplexity": "min", "num_parameters": "min"}
 START_TIMEOUT_FAILURES = 3
@@ -145,7 +147,7 @@ def _make_model(search: SearchConfig, folder: RunFolder, key: str, assignment: d
     run = search.run
     resources = {"CPU": run.cpus_per_worker} | ({"GPU": run.gpus_per_worker} if run.gpus_per_worker else {})
     trainer = TorchTrainer(
-        train_trial,
+        train_worker,
         train_loop_config={
             "config": search.model_dump(mode="json"), "root": str(folder.root), "key": key, "assignment": assignment
         },
