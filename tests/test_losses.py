@@ -41,8 +41,8 @@ def test_no_divergence_from_itself(teacher, num_top, temperature):
 def test_divergence_is_between_nothing_and_that_over_all_tokens(student, teacher, num_top, temperature):
     found = float(divergence(student, top_tokens(teacher, num_top, temperature), temperature))
     full = float(full_divergence(student, teacher, temperature))
-    # Buckets below 1e-6 count as 1e-6, so that no logarithm is infinite.
-    assert -2e-5 <= found <= full * (1 + 1e-5) + 2e-5
+    # What the other tokens hold is known to 4 % where it is as little as MIN_REST.
+    assert -1e-4 <= found <= full * (1 + 1e-5) + 0.05
 
 
 @given(logits, logits, temperatures)

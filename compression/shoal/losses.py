@@ -12,6 +12,10 @@ from torch.nn import functional
 from shoal.recipe import LossWeights
 
 
+# A log probability is a difference of float32 numbers of up to 40, right to 4e-6: of a smaller rest, nothing is known.
+MIN_REST = 1e-4
+
+
 class TopTokens(NamedTuple):
     """The teacher's distribution at one temperature over its K top tokens; what is left is one bucket.
 
@@ -41,8 +45,8 @@ def pick_log_probs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Ten
 
 
 def _log_rest(log_probs: Tensor) -> Tensor:
-    """log(1 − Σ p), kept finite where the top tokens hold all."""
-    return torch.log1p(-log_probs.exp().sum(-1).clamp(max=1 - 1e-6))
+    """log(1 − Σ p), at least that of `MIN_REST`."""
+    return torch.log1p(-log_probs.exp().sum(-1).clamp(max=1 - MIN_REST))
 
 
 def layer_mse(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
