@@ -1,7 +1,9 @@
-"""Depth compression of transformer language models.
+"""Depth compression of transformer language models. In two lines:
 
-point = shoal.compress("smollm2-135m", "out/smol-24", num_replaced=6)
-model = shoal.load("out/smol-24")
+    point = shoal.compress("smollm2-135m", "out/smol-24", num_replaced=6)
+    model = shoal.load("out/smol-24")
+
+Everything else is in the modules; `shoal.compress` tells the story.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from shoal.blocks import check_block_indices
 from shoal.evaluate import score_windows
 from shoal.fit import fit_independent
-from shoal.linearity import BlockLinearity, score_blocks
+from shoal.linearity import BlockLinearity, require_tokens, score_blocks
 from shoal.moments import Moments
 from shoal.recipe import Recipe
 from shoal.replace import apply_replacement
@@ -47,11 +47,12 @@ def choose_blocks(
 
     Raises ValueError if the recipe asks for more blocks than can be replaced, or lists blocks that do not exist.
     """
+    if recipe.num_replaced == 0:
+        return ()
+    require_tokens(moments)
     if recipe.blocks is not None:
         check_block_indices(recipe.blocks, moments.num_blocks)
         return recipe.blocks
-    if recipe.num_replaced == 0:
-        return ()
     scores = score_blocks(moments)
     free = [score for score in scores if score.block not in protected_blocks(scores)]
     if recipe.num_replaced > len(free):

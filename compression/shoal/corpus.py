@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -105,6 +106,6 @@ def _interleave(parts: list[TokenWindows]) -> TokenWindows:
     """Windows of several sources in turn, so that every stretch of them holds all sources."""
     if len(parts) == 1:
         return parts[0]
-    length = min(len(part) for part in parts)
-    rows = torch.stack([part.ids[:length] for part in parts], dim=1).flatten(0, 1)
+    turns = itertools.zip_longest(*(part.ids for part in parts))
+    rows = torch.stack([row for turn in turns for row in turn if row is not None])
     return TokenWindows(rows, " + ".join(part.name for part in parts))

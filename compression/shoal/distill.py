@@ -115,7 +115,7 @@ class DistillationRun:
         """Everything that a later run needs to go on from here."""
         return {
             "step": self.step,
-            "weights": [p.detach().cpu() for p in self.trained],
+            "weights": self._copy_weights(),
             "best_weights": self.best_weights,
             "best_kl": self.best_kl,
             "checks_since_best": self.checks_since_best,

@@ -119,7 +119,12 @@ def measure_size(model: PreTrainedModel) -> Size:
 def measure_speeds(
     models: list[PreTrainedModel], *, num_prompt: int = 256, num_new: int = 16, rounds: int = 3
 ) -> list[Speed]:
-    """Median prefill and decode speed of each model for one sequence, in turns so that noise hits all alike."""
+    """Median prefill and decode speed of each model for one sequence, in turns so that noise hits all alike.
+
+    The prompt is shorter than `num_prompt` where the models' context is.
+    """
+    contexts = [getattr(text_config(model), "max_position_embeddings", None) for model in models]
+    num_prompt = min([num_prompt, *(context - num_new for context in contexts if context)])
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     for round_index in range(rounds + 1):
         for model, seconds in zip(models, times, strict=True):

@@ -63,6 +63,14 @@ def score_blocks(moments: Moments) -> list[BlockLinearity]:
 
     Raises ValueError if there are too few tokens for the hidden size: every score would be near 1.
     """
+    require_tokens(moments)
+    tokens = moments.ordinary.num_tokens.add(moments.held_ordinary.num_tokens).clamp(min=1).cpu()
+    jumps = (moments.sink_norm_ratio[1:] / moments.sink_norm_ratio[:-1]).tolist()
+    return [_score_block(moments, block, float(tokens[block]), jumps[block]) for block in range(moments.num_blocks)]
+
+
+def require_tokens(moments: Moments) -> None:
+    """Raises ValueError, with the number that is needed, if there are too few tokens for scores and maps."""
     per_half = int(min(moments.ordinary.num_tokens.min(), moments.held_ordinary.num_tokens.min()))
     needed = MIN_TOKENS_PER_DIMENSION * moments.hidden_size
     if per_half < needed:
@@ -72,9 +80,6 @@ def score_blocks(moments: Moments) -> list[BlockLinearity]:
             # The smaller half of a few windows is a third of them, and sinks do not count.
             f"give {4 * needed:,} tokens or more"
         )
-    tokens = moments.ordinary.num_tokens.add(moments.held_ordinary.num_tokens).clamp(min=1).cpu()
-    jumps = (moments.sink_norm_ratio[1:] / moments.sink_norm_ratio[:-1]).tolist()
-    return [_score_block(moments, block, float(tokens[block]), jumps[block]) for block in range(moments.num_blocks)]
 
 
 def _score_block(moments: Moments, block: int, num_tokens: float, jump: float) -> BlockLinearity:

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from shoal.recipe import LossWeights
 
-
 # A log probability is a difference of float32 numbers of up to 40, right to 4e-6: of a smaller rest, nothing is known.
 MIN_REST = 1e-4
 

@@ -117,7 +117,7 @@ class Recipe(Value):
     calibration: tuple[Text, ...] = ()
     distillation_text: Text | None = None
     distillation: Distillation | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     dtype: str | None = None
 
     @field_validator("blocks")

@@ -116,14 +116,15 @@ def _read_file(path: Path) -> Documents:
 
 
 def _split_pieces(text: str, length: int = 8000) -> list[str]:
-    """A long text in pieces of about `length` characters, cut at line ends."""
+    """A long text in pieces of about `length` characters, cut at line ends (inside a line only if it is longer)."""
     pieces, lines, size = [], [], 0
-    for line in text.splitlines(keepends=True):
-        lines.append(line)
-        size += len(line)
-        if size >= length:
-            pieces.append("".join(lines))
-            lines, size = [], 0
+    for whole in text.splitlines(keepends=True):
+        for line in (whole[start : start + length] for start in range(0, len(whole), length)):
+            lines.append(line)
+            size += len(line)
+            if size >= length:
+                pieces.append("".join(lines))
+                lines, size = [], 0
     return [*pieces, "".join(lines)]
 
 
