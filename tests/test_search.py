@@ -1,0 +1,362 @@
+"""A search, whole: from the command to the frontier and MLflow; killed, interrupted, and without its tracker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import psutil
+import pytest
+import yaml
+from mlflow.entities import Run
+from shoal.frontier import find_frontier, name_picks
+from shoal.recipe import Point
+from shoal.store import hash_folder
+from shoal_services.folder import RunFolder
+from shoal_services.tracking import KEY_TAG
+
+SHOAL = Path(sys.executable).with_name("shoal")
+LIMIT_S = 240
+
+
+@dataclass
+class Search:
+    """The smoke search with changes, in a storage of its own, run by the command line in processes of its own."""
+
+    config: Path
+    storage: Path
+    environment: dict[str, str]
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.storage / "smoke")
+
+    def start(self, *options: str) -> subprocess.Popen[str]:
+        command = [str(SHOAL), "search", str(self.config), "--storage", str(self.storage), "--num-cpus", "2", *options]
+        return subprocess.Popen(
+            command, env=self.environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=(self.storage / "stderr.txt").open("w"),
+        )  # fmt: skip
+
+    def run(self, *options: str) -> str:
+        """What the whole search prints to its standard output."""
+        process = self.start(*options)
+        try:
+            output, _ = process.communicate(timeout=LIMIT_S)
+        finally:
+            end_tree(process)
+        assert process.returncode == 0, self.errors()
+        return output
+
+    def errors(self) -> str:
+        return (self.storage / "stderr.txt").read_text()
+
+    def client(self) -> mlflow.MlflowClient:
+        return mlflow.MlflowClient(f"sqlite:///{self.folder.root / 'mlflow.db'}")
+
+    def runs(self) -> tuple[Run, dict[str, Run]]:
+        """The parent's run, and the trials' runs by trial key."""
+        client = self.client()
+        experiment = client.get_experiment_by_name("shoal-smoke")
+        runs = client.search_runs([experiment.experiment_id])
+        (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+        assert len(children) == len(runs) - 1
+        keyed = {run.data.tags[KEY_TAG].rpartition("/")[2]: run for run in children}
+        assert len(keyed) == len(children), "one run a key"
+        return parent, keyed
+
+
+def end_tree(process: subprocess.Popen, known: list[psutil.Process] | None = None) -> None:
+    """Ends a search and the Ray processes that it started, and no others."""
+    family = list(known or [])
+    if process.poll() is None:
+        family += psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+    for member in family:
+        if member.is_running():  # the same process, not another one of its number
+            member.kill()
+    psutil.wait_procs(family, timeout=10)
+
+
+def wait_until(happened: Callable[[], Any], process: subprocess.Popen, search: Search) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not happened():
+        assert process.poll() is None, search.errors()
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def make_search(tmp_path: Path, root: Path, tiny_random: str) -> Iterator[Callable[..., Search]]:
+    def make(**changes: dict[str, Any]) -> Search:
+        data = yaml.safe_load((root / "tune_configs" / "smoke.yaml").read_text())
+        for section, values in changes.items():
+            data[section] = {**data.get(section, {}), **values}
+        config = tmp_path / "smoke.yaml"
+        config.write_text(yaml.safe_dump(data))
+        (tmp_path / "storage").mkdir()
+        return Search(config, tmp_path / "storage", {**os.environ, "COLUMNS": "160"})
+
+    yield make
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, root: Path, tiny_random: str) -> tuple[Search, dict[str, Any]]:
+    """The smoke search as it is in tune_configs, run once for the tests below, and what `--json` printed."""
+    storage = tmp_path_factory.mktemp("storage")
+    search = Search(root / "tune_configs" / "smoke.yaml", storage, {**os.environ, "COLUMNS": "160"})
+    return search, json.loads(search.run("--json"))
+
+
+def closed_port() -> int:
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def assert_whole(search: Search, num_trials: int) -> None:
+    """Every trial once, all finished, in the folder and in MLflow alike, and nothing that still runs."""
+    results = search.folder.read_results()
+    assert [result.status for result in results] == ["finished"] * num_trials
+    assert search.folder.read_started() == {}
+    assert Counter(result.point.recipe.key for result in results).most_common(1)[0][1] == 1
+    parent, children = search.runs()
+    assert parent.info.status == "FINISHED"
+    assert {key: run.info.status for key, run in children.items()} == {result.key: "FINISHED" for result in results}
+    for result in results:
+        assert children[result.key].data.metrics["perplexity"] == pytest.approx(result.point.perplexity)
+
+
+def test_the_frontier_is_that_of_the_results(finished):
+    search, printed = finished
+    points = search.folder.find_points()
+    assert len(points) == 3
+    frontier = [Point.model_validate(point) for point in printed["frontier"]]
+    assert frontier == find_frontier(points)
+    assert printed["picks"] == {name: point.artefact for name, point in name_picks(frontier).items()}
+    assert printed == json.loads((search.folder.root / "frontier.json").read_text())
+
+
+def test_weights_are_kept_on_the_frontier_alone(finished):
+    search, printed = finished
+    kept = {str(path.parent) for path in search.folder.root.glob("trials/*/model/model.safetensors")}
+    assert kept == {point["artefact"] for point in printed["frontier"]}
+    for point in printed["frontier"]:
+        assert hash_folder(Path(point["artefact"])) == point["artefact_sha256"]
+
+
+def test_a_point_names_its_inputs_and_its_dense_model(finished):
+    search, _ = finished
+    for point in search.folder.find_points():
+        assert point.evaluations[0].dense_perplexity > 0
+        assert point.evaluations[0].standard_error > 0
+        assert point.evaluations[0].text.num_tokens == 2048
+        assert point.recipe.weights_sha256 and point.recipe.calibration[0].sha256
+        assert len(point.recipe.blocks) == point.recipe.num_replaced
+        assert set(point.seconds) >= {"load", "fit", "distil", "evaluate", "store"}
+
+
+def test_mlflow_has_one_parent_and_one_run_a_trial(finished):
+    search, _ = finished
+    assert_whole(search, 3)
+    parent, children = search.runs()
+    assert parent.data.params["model"] == "tiny-random"
+    assert parent.data.metrics["num_trials"] == 3
+    for result in search.folder.read_results():
+        run = children[result.key]
+        assert run.data.params == {name: str(value) for name, value in result.assignment.items()}
+        assert run.data.tags["artefact"] == result.point.artefact
+
+
+def test_mlflow_has_the_course_of_every_trial(finished):
+    """Several steps of the loss and of the held-out perplexity, and what the worker took of the machine."""
+    search, _ = finished
+    client = search.client()
+    for result in search.folder.read_results():
+        _, children = search.runs()
+        run = children[result.key]
+        course = client.get_metric_history(run.info.run_id, "held_out_perplexity")
+        assert [metric.step for metric in course] == sorted({metric.step for metric in course})
+        assert course[0].step == 0 and len(course) >= 3
+        assert course[-1].value == pytest.approx(result.held_out_perplexity)
+        assert len(client.get_metric_history(run.info.run_id, "loss")) >= 2
+        assert run.data.metrics["system/process_memory_megabytes"] > 50
+
+
+def test_mlflow_has_the_pages_and_the_recipes(finished):
+    search, _ = finished
+    client = search.client()
+    parent, children = search.runs()
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert files >= {"config.json", "frontier.json", "frontier.html", "linearity.html", "frontier-table.json"}
+    for key, run in children.items():
+        assert "result.json" in {file.path for file in client.list_artifacts(run.info.run_id)}, key
+
+
+def test_the_registry_has_the_frontier_under_its_aliases(finished):
+    search, printed = finished
+    client = search.client()
+    versions = client.search_model_versions("name = 'shoal-tiny-random'")
+    assert len(versions) == 1 + len(printed["frontier"])
+    for alias, artefact in printed["picks"].items():
+        assert client.get_model_version_by_alias("shoal-tiny-random", alias).source == artefact
+    dense = client.get_model_version_by_alias("shoal-tiny-random", "dense")
+    assert dense.source not in printed["picks"].values()
+    assert Path(dense.source, "model.safetensors").is_file()
+
+
+def test_the_same_command_again_repeats_nothing(finished):
+    search, printed = finished
+    before = {path: path.stat().st_mtime_ns for path in search.folder.root.glob("trials/*/result.json")}
+    runs = {run.info.run_id for run in search.runs()[1].values()}
+    started = time.monotonic()
+    assert json.loads(search.run("--json")) == printed
+    assert time.monotonic() - started < 60
+    assert {path: path.stat().st_mtime_ns for path in search.folder.root.glob("trials/*/result.json")} == before
+    assert {run.info.run_id for run in search.runs()[1].values()} == runs
+    assert len(search.client().search_model_versions("name = 'shoal-tiny-random'")) == 1 + len(printed["frontier"])
+    assert_whole(search, 3)
+
+
+@pytest.mark.slow
+def test_another_search_of_the_name_is_refused(finished, tmp_path):
+    search, _ = finished
+    data = yaml.safe_load(search.config.read_text())
+    data["space"]["num_replaced"] = {"randint": [1, 4]}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(data))
+    other = Search(tmp_path / "other.yaml", search.storage, search.environment)
+    process = other.start()
+    process.wait(timeout=60)
+    assert process.returncode == 1
+    assert "holds another search named 'smoke': space differ; choose another name" in " ".join(other.errors().split())
+
+
+@pytest.mark.slow
+def test_a_search_that_was_killed_makes_every_trial_once(make_search):
+    """kill -9 at the worst moment: the first result is on disk, and nobody has told MLflow."""
+    search = make_search()
+    process = search.start()
+    results = search.folder.root / "trials"
+    wait_until(lambda: list(results.glob("*/result.json")), process, search)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    end_tree(process, family)
+    done = {path: path.stat().st_mtime_ns for path in results.glob("*/result.json")}
+    assert 1 <= len(done) < 3
+    started = set(search.folder.read_started())
+
+    search.run()
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "what was finished is not made again"
+    assert started <= {result.key for result in search.folder.read_results()}, "what was cut off is taken up again"
+    assert_whole(search, 3)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(make_search):
+    search = make_search()
+    process = search.start()
+    wait_until(lambda: list((search.folder.root / "trials").glob("*/result.json")), process, search)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    try:
+        assert process.returncode == 130, search.errors()
+        assert "stopped; a search goes on where it was" in search.errors()
+        assert "Traceback" not in search.errors()
+        parent, children = search.runs()
+        assert parent.info.status == "KILLED"
+        assert "RUNNING" not in {run.info.status for run in children.values()}
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert not alive, "Ray's processes end with the search"
+    finally:
+        end_tree(process, family)
+    search.run()
+    assert_whole(search, 3)
+
+
+@pytest.mark.slow
+def test_a_search_without_its_tracker_finishes_and_keeps_the_records(make_search):
+    search = make_search(search={"num_trials": 1})
+    search.run("--tracking-uri", f"http://127.0.0.1:{closed_port()}")
+    assert [result.status for result in search.folder.read_results()] == ["finished"]
+    said = " ".join(search.errors().split())
+    num_records = len((search.folder.root / "tracking.jsonl").read_text().splitlines())
+    assert f"{num_records} records wait for the tracker" in said
+    assert "give the same command again when it is up" in said
+    search.run()  # tracked in SQLite now: nothing was lost
+    assert_whole(search, 1)
+
+
+@pytest.mark.slow
+def test_a_model_that_collapses_is_told_and_is_not_on_the_frontier(make_search):
+    """Nearly all blocks dropped and nothing distilled, under a ceiling just above the dense model."""
+    broken = {"num_replaced": 5, "kind": "dropped", "distillation_tokens": 0}
+    search = make_search(
+        space={
+            "num_replaced": {"randint": [1, 5]}, "kind": {"choice": ["linear", "dropped"]}, "distillation_tokens": 0,
+            "learning_rate": 0.001,
+        },
+        search={
+            "num_trials": 2, "max_perplexity_ratio": 1.02,
+            "start_with": [{k: broken[k] for k in ("num_replaced", "kind")}, {"num_replaced": 1, "kind": "linear"}],
+        },
+    )  # fmt: skip
+    output = search.run()
+    by_status = {result.status: result for result in search.folder.read_results()}
+    assert set(by_status) == {"collapsed", "finished"}
+    collapsed = by_status["collapsed"]
+    assert collapsed.assignment["kind"] == "dropped"
+    assert "over the ceiling" in collapsed.reason and "1.02 × dense" in collapsed.reason
+    frontier = json.loads((search.folder.root / "frontier.json").read_text())["frontier"]
+    assert [Point.model_validate(point) for point in frontier] == [by_status["finished"].point]
+    assert f"trial {collapsed.key} collapsed: perplexity" in " ".join((output + search.errors()).split())
+    parent, children = search.runs()
+    assert parent.info.status == "FINISHED"
+    assert children[collapsed.key].info.status == "FAILED"
+    assert "over the ceiling" in children[collapsed.key].data.tags["reason"]
+
+
+@pytest.mark.slow
+def test_equal_recipes_are_made_once(make_search):
+    """The sampler proposes different learning rates, and nothing is distilled: all are the same model."""
+    search = make_search(
+        space={"num_replaced": {"choice": [1, 2]}, "kind": "linear", "distillation_tokens": 0},
+        search={"num_trials": 4, "start_with": []},
+    )
+    search.run()
+    results = search.folder.read_results()
+    assert 1 <= len(results) <= 2
+    assert_whole(search, len(results))
+
+
+@pytest.mark.slow
+def test_a_grid_tries_every_combination(make_search):
+    search = make_search(
+        space={"num_replaced": {"choice": [1, 2]}, "learning_rate": 0.001, "distillation_tokens": 0, "kind": "folded"},
+        search={"algorithm": "grid", "start_with": []},
+    )
+    search.run()
+    assert_whole(search, 2)
+    assert sorted(result.assignment["num_replaced"] for result in search.folder.read_results()) == [1, 2]
+
+
+@pytest.mark.slow
+def test_two_workers_make_one_model(make_search):
+    search = make_search(search={"num_trials": 1}, run={"num_workers": 2, "cpus_per_worker": 1})
+    search.run()
+    assert_whole(search, 1)
