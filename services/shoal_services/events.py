@@ -35,7 +35,9 @@ class SearchEvents(ray.tune.Callback):
         return f"{self.parent}/{trial_key}"
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        key, assignment = self._identify(trial)
+        self._start(*self._identify(trial))
+
+    def _start(self, key: str, assignment: dict[str, Any]) -> None:
         self.tracker.start_run(self.run_key(key), name=_name_trial(assignment), parent=self.parent, params=assignment)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
@@ -64,6 +66,14 @@ class SearchEvents(ray.tune.Callback):
             self.folder.write_result(result)
         self.record_end(result)
         self.on_end(result)
+
+    def record_missed(self) -> None:
+        """Records results whose end was never told, because the search was killed in between."""
+        ended = self.tracker.ended_runs()
+        for result in self.folder.read_results():
+            if self.run_key(result.key) not in ended:
+                self._start(result.key, result.assignment)
+                self.record_end(result)
 
     def record_end(self, result: TrialResult) -> None:
         """Tells MLflow a trial's result and its files, and ends the run."""

@@ -72,6 +72,7 @@ def run_search(config: SearchConfig, audience: Audience, *, num_cpus: int | None
     events = SearchEvents(config, folder, tracker, on_end=lambda result: _after_trial(config, folder, result, audience))
     try:
         results = run_trials(config, folder, concurrent, events, audience)
+        events.record_missed()
         frontier = write_frontier(config, folder)
         _publish(config, folder, frontier, tracker)
     except KeyboardInterrupt:

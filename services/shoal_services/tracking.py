@@ -71,6 +71,13 @@ class Tracker:
         """A version of a registered model for a run's weights (once for a key), with aliases moved to it."""
         self._record("version", key=key, model=model, source=source, tags=tags, aliases=aliases)
 
+    def ended_runs(self) -> set[str]:
+        """Keys of the runs that `end_run` was called for, in this process or in one before it."""
+        if not self.spool.exists():
+            return set()
+        with self.spool.open(encoding="utf-8") as file:
+            return {record["key"] for line in file if (record := json.loads(line))["op"] == "end"}
+
     @property
     def num_unsent(self) -> int:
         """Records that MLflow has not got yet."""
