@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shoal.store import write_atomically
+
 KEY_TAG = "shoal.key"
 # MLflow's own patience is minutes per call (7 retries of 120 s): the thread would hang on a dead server.
 CLIENT_ENVIRONMENT = {
@@ -78,6 +80,18 @@ class Tracker:
         with self.spool.open(encoding="utf-8") as file:
             return {record["key"] for line in file if (record := json.loads(line))["op"] == "end"}
 
+    def ended_keys(self) -> set[str]:
+        """Keys of the runs whose last record of the two kinds is an end, not a start."""
+        ended: set[str] = set()
+        with self._lock:
+            lines = self.spool.read_text(encoding="utf-8").splitlines() if self.spool.exists() else []
+        for record in map(json.loads, lines):
+            if record["op"] == "end":
+                ended.add(record["key"])
+            elif record["op"] == "start":
+                ended.discard(record["key"])
+        return ended
+
     @property
     def num_unsent(self) -> int:
         """Records that MLflow has not got yet."""
@@ -102,7 +116,7 @@ class Tracker:
         self._wake.set()
 
     def _read_position(self) -> int:
-        return int(self.position_file.read_text()) if self.position_file.exists() else 0
+        return int(self.position_file.read_text() or 0) if self.position_file.exists() else 0
 
     def _send_forever(self) -> None:
         sender: _Sender | None = None
@@ -113,7 +127,7 @@ class Tracker:
                 for record, end in self._unsent():
                     if refusal := sender.send(record):
                         self._keep_refused(record, refusal)
-                    self.position_file.write_text(str(end))
+                    write_atomically(self.position_file, str(end))
                 self.problem = None
             # Whatever a tracker raises (network, database, server errors), the search goes on and the record stays.
             except Exception as error:
