@@ -75,9 +75,6 @@ class SearchEvents(ray.tune.Callback):
                 self._start(result.key, result.assignment)
                 self.record_end(result)
 
-    def _record_start(self, key: str, assignment: dict[str, Any]) -> None:
-        self.tracker.start_run(self.run_key(key), name=_name_trial(assignment), parent=self.parent, params=assignment)
-
     def record_end(self, result: TrialResult) -> None:
         """Tells MLflow a trial's result and its files, and ends the run."""
         run = self.run_key(result.key)

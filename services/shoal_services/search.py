@@ -70,7 +70,6 @@ def run_search(config: SearchConfig, audience: Audience, *, num_cpus: int | None
     parent = search_key(config)
     tracker.start_run(parent, name=config.name, params=flatten(config.science))
     events = SearchEvents(config, folder, tracker, on_end=lambda result: _after_trial(config, folder, result, audience))
-    events.catch_up()
     try:
         results = run_trials(config, folder, concurrent, events, audience)
         events.record_missed()

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shoal.store import write_atomically
+from shoal.files import write_text
 
 KEY_TAG = "shoal.key"
 # MLflow's own patience is minutes per call (7 retries of 120 s): the thread would hang on a dead server.
@@ -74,22 +74,14 @@ class Tracker:
         self._record("version", key=key, model=model, source=source, tags=tags, aliases=aliases)
 
     def ended_runs(self) -> set[str]:
-        """Keys of the runs that `end_run` was called for, in this process or in one before it."""
-        if not self.spool.exists():
-            return set()
-        with self.spool.open(encoding="utf-8") as file:
-            return {record["key"] for line in file if (record := json.loads(line))["op"] == "end"}
-
-    def ended_keys(self) -> set[str]:
-        """Keys of the runs whose last record of the two kinds is an end, not a start."""
+        """Keys of the runs that were ended and not started again since, in this process or in one before it."""
         ended: set[str] = set()
-        with self._lock:
-            lines = self.spool.read_text(encoding="utf-8").splitlines() if self.spool.exists() else []
-        for record in map(json.loads, lines):
-            if record["op"] == "end":
-                ended.add(record["key"])
-            elif record["op"] == "start":
-                ended.discard(record["key"])
+        if self.spool.exists():
+            for record in map(json.loads, self.spool.read_text(encoding="utf-8").splitlines()):
+                if record["op"] == "end":
+                    ended.add(record["key"])
+                elif record["op"] == "start":
+                    ended.discard(record["key"])
         return ended
 
     @property
@@ -127,7 +119,7 @@ class Tracker:
                 for record, end in self._unsent():
                     if refusal := sender.send(record):
                         self._keep_refused(record, refusal)
-                    write_atomically(self.position_file, str(end))
+                    write_text(self.position_file, str(end))
                 self.problem = None
             # Whatever a tracker raises (network, database, server errors), the search goes on and the record stays.
             except Exception as error:
