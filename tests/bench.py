@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from shoal.corpus import load_corpus
 from shoal.evaluate import evaluate
+from shoal.gram import Gram
 from shoal.linearity import score_gram
 from shoal.models import load_model, load_tokenizer
-from shoal.moments import Gram, measure_moments
+from shoal.moments import measure_moments
 from shoal.recipe import Texts
 from shoal.teacher import measure_targets
 from shoal.text import TokenWindows

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import moments_of
 from shoal.fit import RIDGES, fit_affine, fit_down_proj, fit_independent
-from shoal.moments import Gram
+from shoal.gram import Gram
 
 D = 12
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import make_affine, make_ids, moments_of
 from shoal.blocks import find_blocks
+from shoal.gram import Gram
 from shoal.linearity import measure_token_errors, score_blocks, score_gram
-from shoal.moments import Gram, measure_moments
+from shoal.moments import measure_moments
 from shoal.text import TokenWindows
 
 D = 16

@@ -10,7 +10,8 @@ from conftest import make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shoal.blocks import watch_boundaries
-from shoal.moments import Gram, Moments, find_sinks, measure_moments, measure_norms, multiply_rows
+from shoal.gram import Gram, multiply_rows
+from shoal.moments import Moments, find_sinks, measure_moments, measure_norms
 from shoal.text import TokenWindows
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.moments import Gram, Moments
+from shoal.gram import Gram
+from shoal.moments import Moments
 from shoal.replace import AffineMap, Replacement, find_runs
 
 # The error over λ is flat for a decade on either side of its minimum: a coarse grid loses nothing.

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.blocks import watch_boundaries
-from shoal.moments import Gram, Moments
+from shoal.gram import Gram
+from shoal.moments import Moments
 from shoal.text import TokenWindows
 
 RANKING = "held_out"

@@ -24,76 +24,11 @@ from transformers import PreTrainedModel
 
 from shoal.blocks import find_blocks, text_config, watch_boundaries
 from shoal.files import write_aside
+from shoal.gram import Gram
 from shoal.text import TokenWindows
 
 # Ordinary tokens stay within 3 times the median norm, massive activations exceed 20 (SmolLM2-135M, Llama family).
 SINK_NORM_RATIO = 8.0
-
-
-def multiply_rows(x_nd: Tensor, y_ne: Tensor) -> Tensor:
-    """xᵀy [d, e] in float32 (float64 for float64 rows), for rows that hold bfloat16 values in any float dtype.
-
-    bfloat16 products are exact in float32, so accumulating them there loses nothing: on hardware that multiplies
-    bfloat16 natively this is four times faster than a float32 product (AMX).
-    """
-    if x_nd.dtype == torch.bfloat16 and x_nd.is_cuda:
-        return torch.mm(x_nd.T, y_ne.to(x_nd.dtype), out_dtype=torch.float32)
-    if x_nd.dtype != torch.bfloat16:
-        wide = torch.promote_types(x_nd.dtype, torch.float32)  # sums of squares overflow float16
-        return x_nd.to(wide).T @ y_ne.to(wide)
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        return x_nd.float().T @ y_ne.float()
-    finally:
-        matmul.fp32_precision = before
-
-
-@dataclass
-class Gram:
-    """Sums over tokens of pairs (x, y) of rows, for L pairs: enough for every least-squares map from x to y.
-
-    num_tokens [L], sum_x [L, d], sum_y [L, e], xx [L, d, d] = Σ x xᵀ, xy [L, d, e] = Σ x yᵀ, yy [L] = Σ ‖y‖²;
-    all float64.
-    """
-
-    num_tokens: Tensor
-    sum_x: Tensor
-    sum_y: Tensor
-    xx: Tensor
-    xy: Tensor
-    yy: Tensor
-
-    @classmethod
-    def zeros(cls, num_pairs: int, width_x: int, width_y: int, device: torch.device | None = None) -> Self:
-        shapes = [(), (width_x,), (width_y,), (width_x, width_x), (width_x, width_y), ()]
-        return cls(*(torch.zeros((num_pairs, *shape), dtype=torch.float64, device=device) for shape in shapes))
-
-    def add(self, pair: int, x_nd: Tensor, y_ne: Tensor, keep_n: Tensor | None = None) -> None:
-        """Adds rows in place; with `keep_n` [N] bool, rows of x outside it must be zero already."""
-        weight_n = torch.ones(len(x_nd), device=x_nd.device) if keep_n is None else keep_n.float()
-        y_float = y_ne.to(weight_n.dtype if y_ne.dtype != torch.float64 else torch.float64)
-        self.num_tokens[pair] += weight_n.sum()
-        self.sum_x[pair] += x_nd.sum(0, dtype=torch.float64 if x_nd.dtype == torch.float64 else torch.float32)
-        self.sum_y[pair] += weight_n.to(y_float.dtype) @ y_float
-        self.yy[pair] += (y_float.square().sum(1) * weight_n).sum()
-        self.xx[pair] += multiply_rows(x_nd, x_nd)
-        self.xy[pair] += multiply_rows(x_nd, y_ne)
-
-    def __add__(self, other: Gram) -> Gram:
-        return Gram(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __getitem__(self, pair: int) -> Gram:
-        """The sums of one pair, as views."""
-        return Gram(*(getattr(self, f.name)[pair : pair + 1] for f in fields(self)))
-
-    def centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Covariance sums of the first pair: Σ (x−x̄)(x−x̄)ᵀ [d, d], Σ (x−x̄)(y−ȳ)ᵀ [d, e], Σ ‖y−ȳ‖² []."""
-        n = self.num_tokens[0].clamp(min=1)
-        xx = self.xx[0] - torch.outer(self.sum_x[0], self.sum_x[0]) / n
-        xy = self.xy[0] - torch.outer(self.sum_x[0], self.sum_y[0]) / n
-        return xx, xy, self.yy[0] - self.sum_y[0].square().sum() / n
 
 
 @dataclass

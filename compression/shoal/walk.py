@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from shoal.blocks import Call, embed, find_blocks, find_down_proj, record_calls, text_config, width_in
 from shoal.fit import fit_affine, fit_down_proj
-from shoal.moments import Gram, find_sinks, measure_norms
+from shoal.gram import Gram
+from shoal.moments import find_sinks, measure_norms
 from shoal.recipe import Kind
 from shoal.replace import AffineMap, Replacement, find_runs, weight_of
 from shoal.text import TokenWindows
