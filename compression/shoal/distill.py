@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 from shoal.blocks import find_blocks, watch_boundaries
 from shoal.evaluate import Collapsed, score_windows
 from shoal.losses import TopTokens, find_divergence, mix_losses, pick_log_probs
-from shoal.modeling_shoal import LinearBlock
 from shoal.recipe import Distillation
 from shoal.teacher import TeacherTargets, find_normalizer, measure_targets
 from shoal.text import TokenWindows
+from shoal.trainable import autocast, select_trained
 
 NUM_CHECKS = 8
 # A check costs about as much as half a step.
@@ -76,7 +76,7 @@ class DistillationRun:
         self.dtype = student.dtype
         with torch.random.fork_rng([student.device] if student.device.type == "cuda" else []):
             torch.manual_seed(seed)  # LoRA begins at random
-            self.student = _select_trained(student, settings)
+            self.student = select_trained(student, settings)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         # A parameter of its own group for maps and biases would not help: no weight decay by default.
         self.optimizer = torch.optim.AdamW(
@@ -175,7 +175,7 @@ class DistillationRun:
         weights = self.settings.loss
         entering: list[Tensor] = []
         watch = watch_boundaries(self.student, lambda _boundary, stream: entering.append(stream))
-        with _autocast(self.student.device, self.dtype), watch if weights.needs_hidden_states else nullcontext():
+        with autocast(self.student.device, self.dtype), watch if weights.needs_hidden_states else nullcontext():
             logits = self.student(input_ids=ids, use_cache=False).logits
         streams, teacher_logits = self._ask_teacher(ids)
         divergence = None
@@ -237,7 +237,7 @@ class DistillationRun:
             )
         assert self.lesson.held_out_targets is not None
         self.student.eval()
-        with _autocast(self.student.device, self.dtype):
+        with autocast(self.student.device, self.dtype):
             scores = score_windows(self.student, held_out, self.lesson.held_out_targets)
         self.student.train()
         kl = float(scores.kl.mean())
@@ -272,38 +272,3 @@ class DistillationRun:
         if step < warmup:
             return (step + 1) / (warmup + 1)
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.settings.num_steps - warmup)))
-
-
-def _select_trained(student: PreTrainedModel, settings: Distillation) -> PreTrainedModel:
-    """The student with gradients, in float32, for what is trained alone; wrapped by peft where that is LoRA."""
-    maps = [module for module in student.modules() if isinstance(module, LinearBlock)]
-    student.requires_grad_(settings.trained == "all")
-    if settings.trained == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        targets = [
-            name for name, module in student.named_modules()
-            if type(module).__name__ in ("Linear", "Conv1D") and _is_inside_block(name, student) and ".linear_" not in name
-        ]  # fmt: skip
-        config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=targets, bias="none")
-        student = get_peft_model(student, config)  # type: ignore[assignment]
-    for linear in maps:
-        linear.requires_grad_(True)
-    trained = [p for p in student.parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError("there is nothing to train: trained='maps' needs kind='linear' or 'low_rank'; use trained='lora'")
-    for parameter in trained:
-        parameter.data = parameter.data.float()
-    return student
-
-
-def _is_inside_block(name: str, student: PreTrainedModel) -> bool:
-    blocks = find_blocks(student)
-    path = next(path for path, module in student.named_modules() if module is blocks)
-    return name.startswith(f"{path}.")
-
-
-def _autocast(device: torch.device, dtype: torch.dtype):
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
