@@ -16,11 +16,13 @@ from shoal.recipe import KINDS, Point
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00"), strict=True))
 SYMBOLS = dict(zip(KINDS, ("circle", "diamond", "square", "x"), strict=True))
+# Plotly labels a log axis 2, 3, 4 between powers of ten; perplexities want to be read as 20, 30, 40.
+TICKS = [step * 10**power for power in range(6) for step in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)]
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
   color: #1a1a1a; background: #fff }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd } th { border-bottom: 2px solid #888 }
+th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd } th { border-bottom: 2px solid #888 }
 td:first-child, th:first-child { text-align: left } tr.pick { background: #eef6fb } .scroll { overflow-x: auto }
 p.note { color: #555; max-width: 46rem }
 """
@@ -73,7 +75,7 @@ def frontier_figure(points: Sequence[Point], frontier: Sequence[Point]) -> go.Fi
     )  # fmt: skip
     figure.update_layout(
         template="plotly_white", height=520, margin={"t": 20, "r": 20}, legend={"orientation": "h", "y": 1.08},
-        xaxis_title="parameters (millions)", yaxis={"title": "perplexity", "type": "log", "dtick": "D1"},
+        xaxis_title="parameters (millions)", yaxis={"title": "perplexity", "type": "log", "tickvals": TICKS, "ticktext": [f"{t:g}" for t in TICKS]},
     )  # fmt: skip
     return figure
 
