@@ -101,6 +101,17 @@ def tiny_random(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield "tiny-random"
 
 
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray of two CPUs for all tests that run in this process; searches bring their own, in theirs."""
+    import ray
+    from shoal_services.cluster import connect
+
+    connect(None, num_cpus=2)
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture
 def tokenizer(tiny_random: str) -> transformers.PreTrainedTokenizerBase:
     """A byte tokenizer of 257 tokens that puts nothing before a text."""

@@ -22,7 +22,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
   color: #1a1a1a; background: #fff }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd } th { border-bottom: 2px solid #888 }
+th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid #ddd } th { border-bottom: 2px solid #888 }
 td:first-child, th:first-child { text-align: left } tr.pick { background: #eef6fb } .scroll { overflow-x: auto }
 p.note { color: #555; max-width: 46rem }
 """
@@ -75,7 +76,8 @@ def frontier_figure(points: Sequence[Point], frontier: Sequence[Point]) -> go.Fi
     )  # fmt: skip
     figure.update_layout(
         template="plotly_white", height=520, margin={"t": 20, "r": 20}, legend={"orientation": "h", "y": 1.08},
-        xaxis_title="parameters (millions)", yaxis={"title": "perplexity", "type": "log", "tickvals": TICKS, "ticktext": [f"{t:g}" for t in TICKS]},
+        xaxis_title="parameters (millions)",
+        yaxis={"title": "perplexity", "type": "log", "tickvals": TICKS, "ticktext": [f"{tick:g}" for tick in TICKS]},
     )  # fmt: skip
     return figure
 

@@ -39,7 +39,8 @@ class Tracker:
         self.uri = uri or f"sqlite:///{folder / 'mlflow.db'}"
         self.spool, self.position_file = folder / "tracking.jsonl", folder / "tracking.position"
         self.problem: str | None = None
-        self._lock, self._wake, self._closing = threading.Lock(), threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._wake, self._closing, self._given_up = threading.Event(), threading.Event(), threading.Event()
         _drop_torn_line(self.spool)
         self._thread = threading.Thread(target=self._send_forever, name="tracking", daemon=True)
         self._thread.start()
@@ -100,6 +101,7 @@ class Tracker:
         deadline = time.monotonic() + patience_s
         while self._thread.is_alive() and (time.monotonic() < deadline or not self.problem):
             self._thread.join(0.2)
+        self._given_up.set()
         return self.num_unsent
 
     def _record(self, op: str, **values: Any) -> None:
@@ -124,8 +126,8 @@ class Tracker:
             # Whatever a tracker raises (network, database, server errors), the search goes on and the record stays.
             except Exception as error:
                 self.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                if self._closing.wait(RETRY_EVERY_S):
-                    time.sleep(1)
+                if self._closing.wait(RETRY_EVERY_S) and self._given_up.wait(1):
+                    return
                 continue
             if self._closing.is_set() and not self._wake.is_set():
                 return
