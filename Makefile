@@ -27,6 +27,11 @@ $(VENV)/.installed: pyproject.toml
 demo: setup
 	$(BIN)/shoal search tune_configs/demo.yaml
 	$(BIN)/shoal frontier shoal-runs/demo --prompt "The history of the city began"
+	@echo
+	@echo "Look at  shoal-runs/demo/frontier.html and linearity.html; recipes and numbers are beside each model."
+	@echo "Next:    source $(BIN)/activate"
+	@echo "         shoal compress MODEL --num-replaced 4     one model of your own"
+	@echo "         cp tune_configs/demo.yaml my.yaml         and shoal search my.yaml for its frontier"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -242,7 +242,7 @@ def frontier(
     from shoal.frontier import find_best_within, find_frontier
 
     from shoal_services.folder import RunFolder
-    from shoal_services.terminal import frontier_table, output
+    from shoal_services.terminal import console, frontier_table, output
 
     run = RunFolder(folder)
     if not (folder / "config.json").is_file():
@@ -256,6 +256,7 @@ def frontier(
     output.print(frontier_table(folder.name, points))
     if prompt is not None:
         _compare_continuations(points, prompt, num_new)
+    console.print(f"page: {folder / 'frontier.html'}   models: {folder / 'trials'}/KEY/model")
 
 
 def _compare_continuations(points, prompt: str, num_new: int) -> None:

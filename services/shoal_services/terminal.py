@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -103,12 +104,13 @@ def watch_trials(display: ProgressDisplay, trials: Path) -> Iterator[None]:
 
 def linearity_table(name: str, scores: Sequence[BlockLinearity]) -> Table:
     """The blocks of a model with their scores; the most linear third stands out."""
-    table = Table(title=f"Linearity of {name}", caption=f"Ranked by “held out”: {RANKING_REASON}.", caption_justify="left")
+    caption = f"Ranked by “held out”: {RANKING_REASON}. Bold: the most linear third."
+    table = Table(title=f"Linearity of {name}", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
     for column in ("block", "held out", "all tokens", "w/o residual", "identity", "cosine", "norm ratio", "note"):
         table.add_column(column, justify="left" if column == "note" else "right")
     linear = sorted(scores, key=lambda s: -s.held_out)[: len(scores) // 3]
     for score in scores:
-        note = "makes or erases sinks: stays" if score.moves_sinks else ""
+        note = "moves sinks: stays" if score.moves_sinks else ""
         if score.held_out <= score.identity:
             note = note or "no map beats the identity"
         numbers = (
@@ -125,15 +127,15 @@ def linearity_table(name: str, scores: Sequence[BlockLinearity]) -> Table:
 
 def frontier_table(name: str, frontier: Sequence[Point]) -> Table:
     """The frontier below the dense model."""
-    table = Table(title=f"Frontier of {name}", caption=_caption(frontier), caption_justify="left")
+    table = Table(title=f"Frontier of {name}", caption=_caption(frontier), caption_justify="left", box=SIMPLE_HEAD)
     for column in ("", "−", "kind", "params", "perplexity", "× dense", "KL", "decode"):
         table.add_column(column, justify="left" if column in ("", "kind") else "right", no_wrap=True)
     if not frontier:
         return table
     dense, first = frontier[0], frontier[0].evaluations[0]
     table.add_row(
-        "dense", "0", "", f"{dense.dense_size.num_parameters / 1e6:.1f} M",
-        f"{first.dense_perplexity:.2f} ± {first.dense_standard_error:.2f}", "1", "0", "× 1",
+        "dense", "0", "", f"{dense.dense_size.num_parameters / 1e6:.1f}M",
+        f"{first.dense_perplexity:.2f} ± {first.dense_standard_error:.2f}", "1", "0", "×1",
     )  # fmt: skip
     names: dict[int, str] = {}
     for pick, point in name_picks(frontier).items():
@@ -148,11 +150,11 @@ def frontier_cells(point: Point) -> list[str]:
     first, recipe = point.evaluations[0], point.recipe
     speedup = ""
     if point.speed and point.dense_speed:
-        speedup = f"× {point.speed.decode_tokens_per_s / point.dense_speed.decode_tokens_per_s:.2f}"
+        speedup = f"×{point.speed.decode_tokens_per_s / point.dense_speed.decode_tokens_per_s:.2f}"
     return [
         str(recipe.num_replaced),
         recipe.kind + (f"({recipe.rank})" if recipe.rank else ""),
-        f"{point.num_parameters / 1e6:.1f} M",
+        f"{point.num_parameters / 1e6:.1f}M",
         f"{first.perplexity:.2f} ± {first.standard_error:.2f}",
         f"{math.exp(first.log_ratio):.2f} ± {math.exp(first.log_ratio) * first.log_ratio_standard_error:.2f}",
         f"{first.kl:.3f}",
