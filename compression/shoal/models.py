@@ -28,9 +28,9 @@ ALIASES = ("smollm2-135m", "tiny-random")
 
 
 def choose_device() -> torch.device:
-    """The first accelerator that torch sees, else the CPU."""
+    """The accelerator that torch sees, else the CPU; the CPU too where the accelerator has no float64 (Apple's)."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
+    return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
 
 
 def choose_dtype(device: torch.device) -> torch.dtype:

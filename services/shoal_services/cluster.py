@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import shutil
+import socket
 import uuid
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from shoal.files import write_text
 from shoal_services.config import Run
 
 MIN_FREE_BYTES = 2 * 2**30
+CONNECT_TIMEOUT_S = 10
 VERSIONED = ("ray", "torch", "transformers", "shoal")
 # Train waits this long between looks at its workers, and a report takes as long: 2 s by default.
 WORKER_ENVIRONMENT = {
@@ -36,6 +38,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
     """
     if ray.is_initialized():
         return
+    _require_listener(address)
     environment = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
     try:
         if address:
@@ -52,6 +55,18 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
         raise ConnectionError(
             f"no Ray cluster at {address!r}: {first}; check the address, or leave it out to run here"
         ) from error
+
+
+def _require_listener(address: str | None) -> None:
+    """Raises ConnectionError if nobody listens at host:port: Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise ConnectionError(
+                f"no Ray cluster at {address!r}: {error.strerror or error}; check the address, or leave it out to run here"
+            ) from error
 
 
 def check_cluster(run: Run, storage: Path) -> int:
@@ -86,7 +101,8 @@ def count_concurrent_trials(run: Run) -> int:
 
 def check_writable(storage: Path) -> None:
     """Raises ValueError if files cannot be written under `storage`, or the disk is nearly full."""
-    existing = next(path for path in (storage, *storage.parents) if path.exists())
+    # Unlike Path.exists, os.path.exists says no where one may not look.
+    existing = next(path for path in (storage, *storage.parents) if os.path.exists(path))
     if not existing.is_dir():
         raise ValueError(f"storage {str(storage)!r}: {str(existing)!r} is a file; choose another run.storage")
     marker = existing / f".shoal-{uuid.uuid4().hex}"

@@ -105,7 +105,14 @@ def watch_trials(display: ProgressDisplay, trials: Path) -> Iterator[None]:
 def linearity_table(name: str, scores: Sequence[BlockLinearity]) -> Table:
     """The blocks of a model with their scores; the most linear third stands out."""
     caption = f"Ranked by “held out”: {RANKING_REASON}. Bold: the most linear third."
-    table = Table(title=f"Linearity of {name}", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"Linearity of {name}",
+        caption=caption,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for column in ("block", "held out", "all tokens", "w/o residual", "identity", "cosine", "norm ratio", "note"):
         table.add_column(column, justify="left" if column == "note" else "right")
     linear = sorted(scores, key=lambda s: -s.held_out)[: len(scores) // 3]
@@ -127,7 +134,14 @@ def linearity_table(name: str, scores: Sequence[BlockLinearity]) -> Table:
 
 def frontier_table(name: str, frontier: Sequence[Point]) -> Table:
     """The frontier below the dense model."""
-    table = Table(title=f"Frontier of {name}", caption=_caption(frontier), caption_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"Frontier of {name}",
+        caption=_caption(frontier),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for column in ("", "−", "kind", "params", "perplexity", "× dense", "KL", "decode"):
         table.add_column(column, justify="left" if column in ("", "kind") else "right", no_wrap=True)
     if not frontier:
