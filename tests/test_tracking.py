@@ -1,0 +1,313 @@
+"""Records reach MLflow once each, in their order; a tracker that is slow, down or picky holds nothing up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+from mlflow.entities import Run
+from shoal_services.tracking import KEY_TAG, Tracker, ping
+
+MODEL = "shoal-tiny"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without a run: making its tables takes seconds."""
+    file = tmp_path_factory.mktemp("database") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def folder(empty_database: Path, tmp_path: Path) -> Path:
+    """A search's folder with an empty database."""
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def open_tracker(folder: Path, uri: str | None = None) -> Tracker:
+    return Tracker(folder, uri=uri, experiment="shoal-mine")
+
+
+def client_of(folder: Path) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def runs_of(client: mlflow.MlflowClient) -> dict[str, Run]:
+    """All runs by key; no two have one key."""
+    runs = client.search_runs([client.get_experiment_by_name("shoal-mine").experiment_id])
+    keyed = {run.data.tags[KEY_TAG]: run for run in runs}
+    assert len(keyed) == len(runs)
+    return keyed
+
+
+def record_search(tracker: Tracker, folder: Path) -> None:
+    """What a search of two trials tells."""
+    tracker.start_run("mine", "mine", params={"model": "tiny", "space.kind": ["linear", "folded"]})
+    for key, status in (("a", "FINISHED"), ("b", "FAILED")):
+        tracker.start_run(f"mine/{key}", f"trial {key}", parent="mine", params={"num_replaced": 2})
+        for step in (0, 5, 10):
+            tracker.log_metrics(f"mine/{key}", {"loss": 10.0 - step, "system/memory": 1.0}, step=step)
+        tracker.log_tags(f"mine/{key}", {"blocks": "(1, 2)"})
+        (folder / "result.json").write_text('{"key": 1}')
+        tracker.log_artifact(f"mine/{key}", folder / "result.json")
+        tracker.end_run(f"mine/{key}", status)
+    tracker.log_table("mine", {"kind": ["linear", "folded"], "perplexity": [1.0, 2.0]}, "frontier-table.json")
+    tracker.register(MODEL, "mine", source="/models/dense", tags={"kind": "dense"}, aliases=["dense"])
+    tracker.register(MODEL, "mine/a", source="/models/a", tags={"kind": "linear"}, aliases=["best", "smallest"])
+    tracker.end_run("mine", "FINISHED")
+
+
+def assert_search_is_there(client: mlflow.MlflowClient) -> None:
+    runs = runs_of(client)
+    assert set(runs) == {"mine", "mine/a", "mine/b"}
+    assert {key: run.info.status for key, run in runs.items()} == {
+        "mine": "FINISHED",
+        "mine/a": "FINISHED",
+        "mine/b": "FAILED",
+    }
+    assert runs["mine"].data.params == {"model": "tiny", "space.kind": "['linear', 'folded']"}
+    for key in ("mine/a", "mine/b"):
+        run = runs[key]
+        assert run.info.run_name == f"trial {key[-1]}"
+        assert run.data.tags["mlflow.parentRunId"] == runs["mine"].info.run_id
+        assert run.data.params == {"num_replaced": "2"} and run.data.tags["blocks"] == "(1, 2)"
+        course = client.get_metric_history(run.info.run_id, "loss")
+        assert [(metric.step, metric.value) for metric in course] == [(0, 10.0), (5, 5.0), (10, 0.0)]
+        assert run.data.metrics == {"loss": 0.0, "system/memory": 1.0}
+        assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["result.json"]
+    assert [file.path for file in client.list_artifacts(runs["mine"].info.run_id)] == ["frontier-table.json"]
+    versions = client.search_model_versions(f"name = '{MODEL}'")
+    assert {version.source: version.run_id for version in versions} == {
+        "/models/dense": runs["mine"].info.run_id, "/models/a": runs["mine/a"].info.run_id,
+    }  # fmt: skip
+    assert len(versions) == 2
+    for alias, source in (("dense", "/models/dense"), ("best", "/models/a"), ("smallest", "/models/a")):
+        assert client.get_model_version_by_alias(MODEL, alias).source == source
+
+
+def test_a_search_arrives_whole(tmp_path):
+    tracker = open_tracker(tmp_path)
+    record_search(tracker, tmp_path)
+    assert tracker.close() == 0
+    assert tracker.problem is None
+    assert not (tmp_path / "tracking.refused.jsonl").exists()
+    assert_search_is_there(client_of(tmp_path))
+
+
+def test_the_same_records_again_make_nothing_twice(folder):
+    """Another start of the search tells the same."""
+    for _ in range(2):
+        tracker = open_tracker(folder)
+        record_search(tracker, folder)
+        assert tracker.close() == 0
+    client = client_of(folder)
+    assert len(runs_of(client)) == 3
+    assert len(client.search_model_versions(f"name = '{MODEL}'")) == 2
+    assert {run.info.status for run in runs_of(client).values()} == {"FINISHED", "FAILED"}
+
+
+def test_records_that_are_sent_twice_arrive_once(folder):
+    """The note of what was sent is lost: all is sent again."""
+    tracker = open_tracker(folder)
+    record_search(tracker, folder)
+    tracker.close()
+    for note in ("", None):
+        file = folder / "tracking.position"
+        file.unlink() if note is None else file.write_text(note)
+        assert open_tracker(folder).close() == 0
+        assert_search_is_there(client_of(folder))
+
+
+def test_a_run_that_ended_runs_again_when_it_is_started_again(folder):
+    for status in ("KILLED", "FINISHED"):
+        tracker = open_tracker(folder)
+        tracker.start_run("mine", "mine")
+        tracker.end_run("mine", status)
+        tracker.close()
+        assert runs_of(client_of(folder))["mine"].info.status == status
+
+
+def test_aliases_move_to_the_latest_version(folder):
+    tracker = open_tracker(folder)
+    tracker.start_run("mine", "mine")
+    tracker.register(MODEL, "mine/a", source="/models/a", tags={}, aliases=["best", "smallest"])
+    tracker.register(MODEL, "mine/b", source="/models/b", tags={}, aliases=["best"])
+    tracker.register(MODEL, "mine/a", source="/models/a", tags={}, aliases=["smallest"])
+    assert tracker.close() == 0
+    client = client_of(folder)
+    assert client.get_model_version_by_alias(MODEL, "best").source == "/models/b"
+    assert client.get_model_version_by_alias(MODEL, "smallest").source == "/models/a"
+    assert len(client.search_model_versions(f"name = '{MODEL}'")) == 2
+
+
+def test_orphans_end_and_the_others_stay(folder):
+    tracker = open_tracker(folder)
+    for parent in ("mine", "other"):
+        tracker.start_run(parent, parent)
+        for key in "ab":
+            tracker.start_run(f"{parent}/{key}", key, parent=parent)
+    tracker.end_run("mine/a", "FINISHED")
+    tracker.end_orphans("mine")
+    tracker.close()
+    assert {key: run.info.status for key, run in runs_of(client_of(folder)).items()} == {
+        "mine": "RUNNING", "mine/a": "FINISHED", "mine/b": "KILLED",
+        "other": "RUNNING", "other/a": "RUNNING", "other/b": "RUNNING",
+    }  # fmt: skip
+
+
+def test_which_runs_have_ended_is_known_without_mlflow(tmp_path):
+    tracker = open_tracker(tmp_path, f"http://127.0.0.1:{free_port()}")
+    assert tracker.ended_runs() == set()
+    for key in "abc":
+        tracker.start_run(key, key)
+    for key in "ab":
+        tracker.end_run(key, "FINISHED")
+    tracker.start_run("a", "a")
+    assert tracker.ended_runs() == {"b"}
+    assert tracker.close(patience_s=0) == 6
+
+
+def test_a_tracker_that_is_down_holds_nothing_up_and_gets_all_later(folder):
+    tracker = open_tracker(folder, f"http://127.0.0.1:{free_port()}")
+    started = time.monotonic()
+    record_search(tracker, folder)
+    assert time.monotonic() - started < 0.5
+    num_records = len((folder / "tracking.jsonl").read_text().splitlines())
+    assert tracker.close(patience_s=2) == tracker.num_unsent == num_records
+    assert time.monotonic() - started < 20
+    assert "refused" in tracker.problem or "Max retries" in tracker.problem
+    tracker._thread.join(10)
+    assert not tracker._thread.is_alive(), "nobody tries again behind the back of those who gave up"
+
+    later = open_tracker(folder)
+    assert later.close() == 0
+    assert_search_is_there(client_of(folder))
+
+
+def test_a_torn_line_is_dropped_and_the_rest_is_sent(folder):
+    down = open_tracker(folder, f"http://127.0.0.1:{free_port()}")
+    record_search(down, folder)
+    num_records = down.close(patience_s=0)
+    with (folder / "tracking.jsonl").open("a") as spool:
+        spool.write('{"op": "tags", "key": "mine", "ta')
+    tracker = open_tracker(folder)
+    assert tracker.close() == 0
+    assert_search_is_there(client_of(folder))
+    assert len((folder / "tracking.jsonl").read_text().splitlines()) == num_records
+
+
+def test_a_refused_record_does_not_hold_up_those_behind_it(folder):
+    tracker = open_tracker(folder)
+    tracker.start_run("mine", "mine", params={"model": "tiny"})
+    tracker.start_run("mine", "mine", params={"model": "another"})  # a param cannot change
+    tracker.log_metrics("mine", {"not a name?!": 1.0})
+    tracker.log_metrics("mine", {"loss": 1.0}, step=3)
+    tracker.end_run("mine", "FINISHED")
+    assert tracker.close() == 0
+    run = runs_of(client_of(folder))["mine"]
+    assert (run.data.params, run.data.metrics, run.info.status) == ({"model": "tiny"}, {"loss": 1.0}, "FINISHED")
+    refused = [json.loads(line) for line in (folder / "tracking.refused.jsonl").read_text().splitlines()]
+    assert [record["op"] for record in refused] == ["start", "metrics"]
+    assert "another" in refused[0]["refusal"]
+
+
+def test_numbers_that_are_none_arrive(folder):
+    """A loss that ran away is news, and must not hold up the others."""
+    tracker = open_tracker(folder)
+    tracker.start_run("mine", "mine")
+    for step, value in enumerate((float("nan"), float("inf"), -float("inf"), 1.0)):
+        tracker.log_metrics("mine", {"loss": value}, step=step)
+    assert tracker.close() == 0
+    run = runs_of(client_of(folder))["mine"]
+    assert len(client_of(folder).get_metric_history(run.info.run_id, "loss")) == 4
+
+
+def test_a_file_that_is_gone_is_passed_over(folder):
+    tracker = open_tracker(folder)
+    tracker.start_run("mine", "mine")
+    tracker.log_artifact("mine", folder / "never-written.json")
+    tracker.end_run("mine", "FINISHED")
+    assert tracker.close() == 0
+    assert runs_of(client_of(folder))["mine"].info.status == "FINISHED"
+
+
+def test_nobody_listens_where_ping_asks():
+    with pytest.raises((RuntimeError, OSError)):
+        ping(f"http://127.0.0.1:{free_port()}")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server, one worker, on a free port of this machine."""
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder / "artifacts"),
+    ]  # fmt: skip
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"})
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log.txt")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            member.terminate()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        for member in alive:
+            member.kill()
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.3)
+    raise AssertionError(log.read_text())
+
+
+@pytest.mark.slow
+def test_a_server_gets_what_sqlite_gets(server, tmp_path):
+    """Records that were kept while no server answered, then new ones: over HTTP as in the file."""
+    down = open_tracker(tmp_path, f"http://127.0.0.1:{free_port()}")
+    record_search(down, tmp_path)
+    assert down.close(patience_s=0) > 0
+    tracker = open_tracker(tmp_path, server)
+    assert tracker.close() == 0
+    assert not (tmp_path / "tracking.refused.jsonl").exists()
+    assert_search_is_there(mlflow.MlflowClient(server))
+    assert ping(server) == f"{server}: 2 experiments"
+
+
+@pytest.mark.slow
+def test_a_server_refuses_a_changed_param_as_sqlite_does(server, tmp_path):
+    tracker = open_tracker(tmp_path, server)
+    tracker.start_run("changed", "changed", params={"model": "tiny"})
+    tracker.start_run("changed", "changed", params={"model": "another"})
+    tracker.end_run("changed", "FINISHED")
+    assert tracker.close() == 0
+    run = runs_of(mlflow.MlflowClient(server))["changed"]
+    assert (run.data.params["model"], run.info.status) == ("tiny", "FINISHED")
