@@ -276,7 +276,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(make_search):
     process.wait(timeout=60)
     try:
         assert process.returncode == 130, search.errors()
-        assert "stopped; a search goes on where it was" in search.errors()
+        assert "stopped; the same command goes on from here" in search.errors()
         assert "Traceback" not in search.errors()
         parent, children = search.runs()
         assert parent.info.status == "KILLED"

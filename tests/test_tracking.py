@@ -17,7 +17,7 @@ import mlflow
 import psutil
 import pytest
 from mlflow.entities import Run
-from shoal_services.tracking import KEY_TAG, Tracker, ping
+from shoal_services.tracking import KEY_TAG, PLACE_TAG, Tracker, ping
 
 MODEL = "shoal-tiny"
 
@@ -96,12 +96,12 @@ def assert_search_is_there(client: mlflow.MlflowClient) -> None:
         assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["result.json"]
     assert [file.path for file in client.list_artifacts(runs["mine"].info.run_id)] == ["frontier-table.json"]
     versions = client.search_model_versions(f"name = '{MODEL}'")
-    assert {version.source: version.run_id for version in versions} == {
+    assert {version.tags[PLACE_TAG]: version.run_id for version in versions} == {
         "/models/dense": runs["mine"].info.run_id, "/models/a": runs["mine/a"].info.run_id,
     }  # fmt: skip
     assert len(versions) == 2
     for alias, source in (("dense", "/models/dense"), ("best", "/models/a"), ("smallest", "/models/a")):
-        assert client.get_model_version_by_alias(MODEL, alias).source == source
+        assert client.get_model_version_by_alias(MODEL, alias).tags[PLACE_TAG] == source
 
 
 def test_a_search_arrives_whole(tmp_path):
@@ -291,12 +291,14 @@ def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
 
 @pytest.mark.slow
 def test_a_server_gets_what_sqlite_gets(server, tmp_path):
-    """Records that were kept while no server answered, then new ones: over HTTP as in the file."""
+    """Records that were kept while no server answered, sent twice: over HTTP as into the file."""
     down = open_tracker(tmp_path, f"http://127.0.0.1:{free_port()}")
     record_search(down, tmp_path)
     assert down.close(patience_s=0) > 0
-    tracker = open_tracker(tmp_path, server)
-    assert tracker.close() == 0
+    for _ in range(2):
+        tracker = open_tracker(tmp_path, server)
+        assert tracker.close() == 0
+        (tmp_path / "tracking.position").unlink()
     assert not (tmp_path / "tracking.refused.jsonl").exists()
     assert_search_is_there(mlflow.MlflowClient(server))
     assert ping(server) == f"{server}: 2 experiments"

@@ -20,6 +20,7 @@ from typing import Any
 from shoal.files import write_text
 
 KEY_TAG = "shoal.key"
+PLACE_TAG = "shoal.place"
 # MLflow's own patience is minutes per call (7 retries of 120 s): the thread would hang on a dead server.
 CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -180,7 +181,7 @@ class _Sender:
 
         logging.getLogger("alembic").setLevel(logging.ERROR)
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        self.client = mlflow.MlflowClient(uri)
+        self.uri, self.client = uri, mlflow.MlflowClient(uri)
         found = self.client.get_experiment_by_name(experiment)
         # A local database keeps artefacts beside itself; a server knows its own place for them.
         place = (folder / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
@@ -254,9 +255,12 @@ class _Sender:
         with contextlib.suppress(MlflowException):  # it exists
             self.client.create_registered_model(model)
         versions = self.client.search_model_versions(f"name = '{model}'")
-        same = [v for v in versions if v.tags.get(KEY_TAG) == key and v.source == source]
+        same = [v for v in versions if v.tags.get(KEY_TAG) == key and source in (v.source, v.tags.get(PLACE_TAG))]
+        run_id = self._run(key)
+        # A server refuses paths of its clients: there the run is the source, and the tag tells where the weights are.
+        accepted = source if self.uri.startswith("sqlite") or "://" in source else f"runs:/{run_id}/model"
         version = same[0] if same else self.client.create_model_version(
-            model, source, run_id=self._run(key), tags={KEY_TAG: key, **tags}
+            model, accepted, run_id=run_id, tags={KEY_TAG: key, PLACE_TAG: source, **tags}
         )  # fmt: skip
         for alias in aliases:
             self.client.set_registered_model_alias(model, alias, version.version)
