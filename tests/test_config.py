@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 from shoal.recipe import Recipe
-from shoal_services.config import Choice, Range, SearchConfig, load_config, parse_kind, read_assignment
+from shoal_services.config import SearchConfig, load_config
+from shoal_services.space import Choice, Range, parse_kind, read_assignment
 
 CONFIGS = sorted((Path(__file__).parents[1] / "tune_configs").glob("*.yaml"))
 AXES = {

@@ -133,7 +133,7 @@ def test_the_layout_names_every_folder():
     if not TREES:
         pytest.skip("the README holds no layout tree yet")
     told = {path.strip("/").split("/")[0] for path in read_tree(TREES[0])}
-    assert {"compression", "services", "tune_configs", "tests", "k8s"} <= told
+    assert {"compression", "services", "tune_configs", "tests"} <= told
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

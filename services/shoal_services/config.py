@@ -1,150 +1,17 @@
-"""The strict schema of `tune_configs/*.yaml`: what to search (`space`, `search`) and how to run it (`run`).
-
-An axis of the space is a constant, or one of
-    {choice: [a, b, c]}    {uniform: [low, high]}    {loguniform: [low, high]}    {randint: [low, high]}  (both ends in)
-"""
+"""The strict schema of `tune_configs/*.yaml`: what to search (`space`, `search`) and how to run it (`run`)."""
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import re
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from shoal.recipe import KINDS, Distillation, Fit, LossWeights, Recipe, Selection, Texts, Trained, Value
-from typing_extensions import TypeAliasType
+from pydantic import Field, ValidationError, field_validator, model_validator
+from shoal.recipe import Distillation, LossWeights, Recipe, Texts, Value
 
-T = TypeVar("T")
-RANGES = ("uniform", "loguniform", "randint")
-AXIS_TAGS = ("constant", "choice", "range")
-
-
-class Choice(Value, Generic[T]):
-    """One of several values."""
-
-    choice: list[T] = Field(min_length=1)
-
-
-class Range(Value):
-    """A value between two ends."""
-
-    uniform: tuple[float, float] | None = None
-    loguniform: tuple[float, float] | None = None
-    randint: tuple[int, int] | None = None
-
-    @model_validator(mode="after")
-    def _one_proper_range(self) -> Self:
-        given = {name: getattr(self, name) for name in RANGES if getattr(self, name) is not None}
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of choice, {', '.join(RANGES)}")
-        name, (low, high) = next(iter(given.items()))
-        if low > high or (name == "loguniform" and low <= 0):
-            raise ValueError(f"{name}: [{low}, {high}] is no range; give the lower end first" + (", above 0" * (low <= 0)))
-        return self
-
-
-def _check_kind(kind: object) -> object:
-    """`linear`, `folded`, `dropped`, or `low_rank(64)`."""
-    if isinstance(kind, str) and parse_kind(kind)[0] in KINDS:
-        return kind
-    raise ValueError(f"kind {kind!r} is none of linear, low_rank(RANK), folded, dropped")
-
-
-def parse_kind(kind: str) -> tuple[str, int | None]:
-    """`low_rank(64)` → ("low_rank", 64); other kinds have no rank."""
-    found = re.fullmatch(r"(low_rank)\(([0-9]+)\)", kind)
-    return (found[1], int(found[2])) if found else (kind, None)
-
-
-def _tag_axis(value: object) -> str:
-    """Which form an axis is written in, so that errors speak of that form alone."""
-    if not isinstance(value, dict | Choice | Range):
-        return "constant"
-    keys = list(value) if isinstance(value, dict) else []
-    is_choice = isinstance(value, Choice) or any(difflib.get_close_matches(str(key), ["choice"]) for key in keys)
-    return "choice" if is_choice else "range"
-
-
-KindName = Annotated[str, BeforeValidator(_check_kind)]
-# A plain alias would leave T open in Choice[T]: only this form hands it on.
-Axis = TypeAliasType(
-    "Axis",
-    Annotated[
-        Annotated[T, Tag("constant")] | Annotated[Choice[T], Tag("choice")] | Annotated[Range, Tag("range")],
-        Discriminator(_tag_axis),
-    ],
-    type_params=(T,),
-)
-
-
-class Space(Value):
-    """The axes of the search: fields of `shoal.recipe.Recipe` and `Distillation`, each a constant or an axis."""
-
-    num_replaced: Axis[int]
-    kind: Axis[KindName] = "linear"
-    selection: Axis[Selection] = "linearity"
-    fit: Axis[Fit] = "in_order"
-    refit_down_proj: Axis[bool] = True
-    ridge: Axis[float | None] = None
-    distillation_tokens: Axis[int] = 0
-    learning_rate: Axis[float] = 5e-4
-    temperature: Axis[float] = 1.0
-    logit_kl: Axis[float] = 1.0
-    layer_mse: Axis[float] = 0.0
-    square_head: Axis[float] = 0.0
-    cosine: Axis[float] = 0.0
-    trained: Axis[Trained] = "lora"
-    lora_rank: Axis[int] = 32
-    window: int = 512
-    windows_per_step: Axis[int] = 4
-    windows_per_pass: int = 4
-    weight_decay: Axis[float] = 0.0
-    patience: int | None = None
-    seed: Axis[int] = 0
-
-    @model_validator(mode="after")
-    def _ranges_give_what_the_fields_take(self) -> Self:
-        for name, axis in self.axes.items():
-            inner = get_args(type(self).model_fields[name].annotation)[0]
-            if isinstance(axis, Range) and not {int, float} & {inner, *get_args(inner)}:
-                raise ValueError(f"{name} is no number; use choice")
-            if isinstance(axis, Range) and inner is int and axis.randint is None:
-                raise ValueError(f"{name} is a whole number; use randint or choice")
-        return self
-
-    @property
-    def axes(self) -> dict[str, Choice | Range]:
-        """The fields that vary."""
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: value for name, value in values.items() if isinstance(value, Choice | Range)}
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """The fields that do not."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name not in self.axes}
-
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        """All temperatures that a trial can ask the dense model's targets for."""
-        axis = self.temperature
-        return tuple(sorted({1.0, *(_ends(axis) if isinstance(axis, Choice | Range) else (axis,))}))
-
-    def highest(self, name: str) -> float:
-        """The largest value that an axis or constant can take."""
-        value = getattr(self, name)
-        return max(_ends(value)) if isinstance(value, Choice | Range) else value
+from shoal_services.complaints import explain_validation, suggest
+from shoal_services.space import Choice, Range, Space, list_ends, parse_kind
 
 
 class Search(Value):
@@ -200,14 +67,14 @@ class SearchConfig(Value):
         for entry in search.start_with:
             for key in entry:
                 if key not in Space.model_fields:
-                    raise ValueError(f"start_with: unknown key {key!r}{_suggest(key, Space.model_fields)}")
+                    raise ValueError(f"start_with: unknown key {key!r}{suggest(key, Space.model_fields)}")
         return search
 
     @model_validator(mode="after")
     def _recipes_are_possible(self) -> Self:
         """Every corner that can be written down becomes a recipe here, not an hour into the search."""
-        first = {name: _ends(axis)[0] for name, axis in self.space.axes.items()}
-        corners = [{**first, name: value} for name, axis in self.space.axes.items() for value in _ends(axis)]
+        first = {name: list_ends(axis)[0] for name, axis in self.space.axes.items()}
+        corners = [{**first, name: value} for name, axis in self.space.axes.items() for value in list_ends(axis)]
         for assignment in [first, *corners, *self.starting_assignments()]:
             self._check_recipe({**first, **assignment})
         if self.search.algorithm == "grid" and any(isinstance(axis, Range) for axis in self.space.axes.values()):
@@ -272,20 +139,6 @@ class SearchConfig(Value):
         return self.model_dump(mode="json", exclude={"run"})
 
 
-def _ends(axis: Choice | Range) -> list[Any]:
-    """All values of a choice; both ends of a range."""
-    if isinstance(axis, Choice):
-        return axis.choice
-    return [end for name in RANGES for end in getattr(axis, name) or ()]
-
-
-def read_assignment(config: dict[str, Any]) -> dict[str, Any]:
-    """The assignment in a Tune trial's configuration: nested by `grid`, under flat names by Optuna."""
-    if "assignment" in config:
-        return dict(config["assignment"])
-    return {name.removeprefix("assignment/"): value for name, value in config.items() if name.startswith("assignment/")}
-
-
 def load_config(path: Path) -> SearchConfig:
     """The search that a YAML file describes. Raises ValueError that names file, key and remedy."""
     try:
@@ -300,38 +153,3 @@ def load_config(path: Path) -> SearchConfig:
         return SearchConfig.model_validate(data)
     except ValidationError as error:
         raise ValueError(explain_validation(error, SearchConfig, path.name)) from error
-
-
-def explain_validation(error: ValidationError, model: type[BaseModel], source: str) -> str:
-    """All of a validation error's complaints, one a line, each with key, value and the nearest known key."""
-    lines: dict[str, None] = {}
-    for complaint in error.errors():
-        path = list(complaint["loc"])
-        key = ".".join(str(part) for part in path if part not in AXIS_TAGS)
-        if complaint["type"] == "extra_forbidden":
-            lines[f"unknown key {key!r} in {source}{_suggest(str(path[-1]), _known_keys(model, path[:-1]))}"] = None
-        elif complaint["type"] == "missing":
-            lines[f"{source} lacks {key!r}"] = None
-        else:
-            message = complaint["msg"].removeprefix("Value error, ")
-            given = complaint["input"]
-            told = "" if isinstance(given, dict) or repr(given) in message else f", not {given!r}"
-            lines[f"{source}: {key + ': ' if key else ''}{message}{told}"] = None
-    return "\n".join(lines)
-
-
-def _known_keys(model: type[BaseModel], path: list[Any]) -> list[str]:
-    """The keys that are right where an unknown one stands."""
-    if path and path[-1] in AXIS_TAGS:
-        return ["choice", *RANGES]
-    for part in path:
-        nested = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
-            return []
-        model = nested
-    return list(model.model_fields)
-
-
-def _suggest(key: str, known: Any) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}" if known else ""

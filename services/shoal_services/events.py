@@ -8,8 +8,9 @@ from typing import Any
 import ray.tune
 from shoal.recipe import Point, fingerprint
 
-from shoal_services.config import SearchConfig, read_assignment
+from shoal_services.config import SearchConfig
 from shoal_services.folder import RunFolder, TrialResult
+from shoal_services.space import read_assignment
 from shoal_services.tracking import Tracker
 
 RUN_STATUS = {"finished": "FINISHED", "collapsed": "FAILED", "failed": "FAILED", "stopped": "KILLED"}

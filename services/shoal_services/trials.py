@@ -23,9 +23,10 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from shoal_services.config import Choice, Range, SearchConfig, read_assignment
+from shoal_services.config import SearchConfig
 from shoal_services.events import SearchEvents
 from shoal_services.folder import RunFolder, TrialResult
+from shoal_services.space import Choice, Range, read_assignment
 from shoal_services.worker import train_worker
 
 if TYPE_CHECKING:

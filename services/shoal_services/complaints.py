@@ -1,0 +1,45 @@
+"""A configuration's errors in words that name the key, the value and the nearest known key."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from shoal_services.space import AXIS_TAGS, RANGES
+
+
+def explain_validation(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    """All of a validation error's complaints, one a line, each with key, value and the nearest known key."""
+    lines: dict[str, None] = {}
+    for complaint in error.errors():
+        path = list(complaint["loc"])
+        key = ".".join(str(part) for part in path if part not in AXIS_TAGS)
+        if complaint["type"] == "extra_forbidden":
+            lines[f"unknown key {key!r} in {source}{suggest(str(path[-1]), _known_keys(model, path[:-1]))}"] = None
+        elif complaint["type"] == "missing":
+            lines[f"{source} lacks {key!r}"] = None
+        else:
+            message = complaint["msg"].removeprefix("Value error, ")
+            given = complaint["input"]
+            told = "" if isinstance(given, dict) or repr(given) in message else f", not {given!r}"
+            lines[f"{source}: {key + ': ' if key else ''}{message}{told}"] = None
+    return "\n".join(lines)
+
+
+def _known_keys(model: type[BaseModel], path: list[Any]) -> list[str]:
+    """The keys that are right where an unknown one stands."""
+    if path and path[-1] in AXIS_TAGS:
+        return ["choice", *RANGES]
+    for part in path:
+        nested = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
+            return []
+        model = nested
+    return list(model.model_fields)
+
+
+def suggest(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}" if known else ""
