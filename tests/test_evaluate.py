@@ -9,7 +9,8 @@ import torch
 from conftest import make_ids, make_model
 from shoal.blocks import drop_blocks
 from shoal.evaluate import Collapsed, evaluate, mean_and_error, measure_size, measure_speeds, score_windows
-from shoal.teacher import TeacherTargets, find_normalizer, measure_targets
+from shoal.losses import find_normalizer
+from shoal.teacher import TeacherTargets, measure_targets
 from shoal.text import TokenWindows
 from torch.nn import functional
 

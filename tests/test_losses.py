@@ -128,3 +128,19 @@ def test_bfloat16_logits_are_compared_in_float32():
     found = pick_log_probs(teacher, torch.arange(V))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, functional.log_softmax(teacher.float(), -1))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("num_rows", [1, 64, 131])
+def test_picked_log_probs_and_their_gradient_are_those_of_log_softmax(temperature, num_rows):
+    """The strips are an implementation: value and gradient are autograd's of the plain formula."""
+    generator = torch.Generator().manual_seed(num_rows)
+    logits = (5 * torch.randn(num_rows, 2, V, generator=generator)).requires_grad_()
+    ids = torch.stack([torch.randperm(V, generator=generator)[:4] for _ in range(num_rows * 2)]).view(num_rows, 2, 4)
+    weight = torch.randn(num_rows, 2, 4, generator=generator)
+    picked = pick_log_probs(logits, ids, temperature)
+    (gradient,) = torch.autograd.grad((picked * weight).sum(), logits)
+    plain = (logits / temperature).log_softmax(-1).gather(-1, ids)
+    (expected,) = torch.autograd.grad((plain * weight).sum(), logits)
+    torch.testing.assert_close(picked, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)

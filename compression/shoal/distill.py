@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from shoal.blocks import find_blocks, watch_boundaries
 from shoal.evaluate import Collapsed, score_windows
-from shoal.losses import TopTokens, find_divergence, mix_losses, pick_log_probs
+from shoal.losses import TopTokens, find_divergence, find_normalizer, mix_losses, pick_log_probs
 from shoal.recipe import Distillation
-from shoal.teacher import TeacherTargets, find_normalizer, measure_targets
+from shoal.teacher import TeacherTargets, measure_targets
 from shoal.text import TokenWindows
 from shoal.trainable import autocast, select_trained
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from shoal.blocks import text_config
-from shoal.losses import find_divergence
+from shoal.losses import find_divergence, find_normalizer
 from shoal.recipe import Evaluation, Size, Speed, Text
-from shoal.teacher import TeacherTargets, choose_batch_size, find_normalizer, token_losses
+from shoal.teacher import TeacherTargets, choose_batch_size, token_losses
 from shoal.text import TokenWindows
 
 

@@ -27,6 +27,8 @@ MIN_TOKENS_PER_DIMENSION = 4
 # A block that changes the largest norm ratio by more than this makes or erases sinks, which no linear map does:
 # in SmolLM2-135M block 11 (× 114) and block 28 (× 0.37), in no other block from 3 to 27 less than × 0.5 or more than × 1.
 SINK_JUMP = 2.5
+# Ratio of pivots: their squares stay far above the rounding of float64.
+WELL_CONDITIONED = 1e-5
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,14 @@ def score_held_out(fit: Gram, held: Gram) -> tuple[float, float]:
 
 
 def solve_least_squares(xx: Tensor, xy: Tensor) -> Tensor:
-    """argmin_A ‖XA − Y‖² [d, e] from Gram matrices in float64; directions without variance get weight 0."""
+    """argmin_A ‖XA − Y‖² [d, e] from Gram matrices in float64; directions without variance get weight 0.
+
+    By Cholesky (ten times faster), by eigenvalues where the matrix is close to singular.
+    """
+    factor, failed = torch.linalg.cholesky_ex(xx)
+    diagonal = factor.diagonal()
+    if not failed and diagonal.min() > WELL_CONDITIONED * diagonal.max():
+        return torch.cholesky_solve(xy, factor)
     values, vectors = torch.linalg.eigh(xx)
     floor = values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps * 16
     inverse = torch.where(values > floor, 1 / values.clamp(min=1e-300), 0)
