@@ -27,7 +27,7 @@ from shoal_services.folder import RunFolder
 from shoal_services.tracking import KEY_TAG
 
 SHOAL = Path(sys.executable).with_name("shoal")
-LIMIT_S = 240
+LIMIT_S = 600
 
 
 @dataclass

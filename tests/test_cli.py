@@ -1,0 +1,296 @@
+"""The command: examples in every help, JSON for scripts, and errors of one screen that name what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import typer
+from conftest import write_prose
+from shoal.recipe import Evaluation, Point
+from shoal_services.cli import app, main
+
+COMMANDS = list(typer.main.get_command(app).commands)
+SMALL = ["--window", "64", "--calibration-tokens", "4096", "--evaluation-tokens", "1024", "--dtype", "float32"]
+SMALL_EVALUATION = ["--window", "64", "--evaluation-tokens", "1024", "--dtype", "float32"]
+SCREEN_LINES = 25
+
+
+@dataclass
+class Said:
+    """What a command printed, and its exit code."""
+
+    code: int
+    output: str
+    errors: str
+
+
+@pytest.fixture
+def shoal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_random: str, tmp_path: Path
+) -> Callable[..., Said]:
+    """Runs `shoal` with these words in an empty folder, as the installed command does."""
+
+    def run(*words: object) -> Said:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setenv("SHOAL_DEBUG", "")
+        monkeypatch.setattr(sys, "argv", ["shoal", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Said(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def assert_refused(said: Said, *parts: str) -> None:
+    """One screen without a traceback, exit code 1, and these words."""
+    assert said.code == 1, said.errors
+    assert said.output == ""
+    assert "Traceback" not in said.errors
+    assert len(said.errors.splitlines()) < SCREEN_LINES
+    assert [line for line in said.errors.splitlines() if line.startswith("shoal: ")]
+    told = " ".join(said.errors.split())
+    for part in parts:
+        assert part in told
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("prose")
+    return [str(write_prose(folder / f"{name}.txt", seed=seed)) for seed, name in enumerate("ab")]
+
+
+def test_help_shows_where_to_start(shoal):
+    said = shoal("--help")
+    assert said.code == 0
+    assert "shoal compress smollm2-135m" in said.output and "shoal search tune_configs/demo.yaml" in said.output
+    for command in COMMANDS:
+        assert command in said.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_shows_examples(shoal, command):
+    said = shoal(command, "--help")
+    assert said.code == 0
+    assert "Examples" in said.output
+    assert said.output.count(f"shoal {command} ") >= 2, "the usage line and an example"
+
+
+def test_help_is_light():
+    """In a process of its own: torch, Ray, MLflow and transformers take seconds, and nobody asked for them."""
+    code = """
+import sys
+sys.argv = ["shoal", "search", "--help"]
+from shoal_services.cli import main
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code
+heavy = {"torch", "ray", "mlflow", "transformers", "plotly", "optuna", "datasets", "numpy"} & set(sys.modules)
+sys.exit(f"{heavy} were imported" if heavy else 0)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "tune_configs/demo.yaml" in ended.stdout
+
+
+def test_profile_prints_json_and_a_page(shoal, prose, tmp_path):
+    said = shoal(
+        "profile", "tiny-random", "--text", prose[0], *SMALL[:4], "--dtype", "float32", "--page", "p.html", "--json"
+    )
+    assert said.code == 0, said.errors
+    profile = json.loads(said.output)
+    assert [block["block"] for block in profile["blocks"]] == list(range(6))
+    assert all(-1 < block["held_out"] <= 1 and len(block["token_error_quantiles"]) == 4 for block in profile["blocks"])
+    assert profile["text"]["name"] == "a.txt" and profile["text"]["num_tokens"] == 4096
+    assert "<html" in (tmp_path / "p.html").read_text()
+
+
+def test_profile_prints_a_table(shoal, prose):
+    said = shoal("profile", "tiny-random", "--text", prose[0], *SMALL[:4])
+    assert said.code == 0, said.errors
+    assert "held out" in said.output
+    assert "linearity-tiny-random.html" in said.errors
+
+
+def test_a_model_is_made_and_evaluates_to_what_was_said(shoal, prose, tmp_path):
+    texts = ["--text", prose[0], "--evaluation-text", prose[0]]
+    said = shoal("compress", "tiny-random", "-n", 2, "-o", "out", *texts, *SMALL, "--json")
+    assert said.code == 0, said.errors
+    point = Point.model_validate_json(said.output)
+    assert point.recipe.num_replaced == len(point.recipe.blocks) == 2
+    assert point.num_parameters < point.dense_size.num_parameters
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+    said = shoal("evaluate", "out", "--evaluation-text", prose[0], *SMALL_EVALUATION, "--json")
+    assert said.code == 0, said.errors
+    (evaluation,) = [Evaluation.model_validate(each) for each in json.loads(said.output)]
+    assert evaluation.perplexity == pytest.approx(point.perplexity, rel=1e-4)
+    assert evaluation.dense_perplexity == pytest.approx(point.evaluations[0].dense_perplexity, rel=1e-6)
+    assert evaluation.text == point.evaluations[0].text
+
+    assert_refused(
+        shoal("compress", "tiny-random", "-n", 2, "-o", "out", *texts, *SMALL),
+        "'out' exists already; delete it or choose another folder",
+    )
+
+
+def test_listed_blocks_are_the_ones_replaced(shoal, prose):
+    texts = ["--text", prose[0], "--evaluation-text", prose[1]]
+    said = shoal("compress", "tiny-random", "--blocks", "1,4", "--kind", "dropped", *texts, *SMALL, "--json")
+    assert said.code == 0, said.errors
+    point = Point.model_validate_json(said.output)
+    assert (point.recipe.blocks, point.recipe.selection, point.recipe.kind) == ((1, 4), "listed", "dropped")
+    assert point.artefact == "tiny-random-dropped-2"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["-n", "6"], ["6", "blocks"]),
+        (["-n", "60"], ["60", "blocks"]),
+        (["-n", "0"], ["choose 1 or more blocks to replace"]),
+        (["-n", "-1"], ["choose 1 or more blocks to replace"]),
+        (["--blocks", "1,1"], ["blocks lists [1] more than once; name each block once"]),
+        (["--blocks", "1,99"], ["99"]),
+        (["--blocks", "-1"], ["blocks", "greater than or equal to 0"]),
+        (["--blocks", "1,two"], ["--blocks '1,two' is no list of numbers such as 12,13,15"]),
+        (["--blocks", ""], ["--blocks '' is no list of numbers"]),
+        ([], ["give either --num-replaced or --blocks"]),
+        (["-n", "1", "--blocks", "1"], ["give either --num-replaced or --blocks"]),
+        (["-n", "2", "--kind", "low_rank"], ["give rank with kind='low_rank'"]),
+        (["-n", "2", "--rank", "4"], ["give rank with kind='low_rank'"]),
+        (["-n", "2", "--distil-tokens", "-5"], ["num_tokens", "greater than or equal to 1"]),
+        (["-n", "2", "--distil-tokens", "64", "--trained", "everything"], ["trained", "'maps', 'lora' or 'all'"]),
+        (["-n", "2", "--distil-tokens", "64", "--learning-rate", "0"], ["learning_rate", "greater than 0"]),
+        (["-n", "2", "--dtype", "float8"], ["dtype='float8' is not known; choose one of bfloat16"]),
+        (["-n", "2", "--window", "4"], ["window", "greater than or equal to 8"]),
+        (["-n", "2", "--window", "4096"], ["window=4096 is longer than the model's context"]),
+        (
+            ["-n", "2", "--calibration-tokens", "256"],
+            ["256 calibration tokens are too few for a hidden size of", "or more"],
+        ),
+        (["-n", "2", "--text", "nowhere.txt"], ["'nowhere.txt' does not exist; check the path"]),
+        (["-n", "2", "--text", "no-such-owner/no-such-set"], ["cannot load text 'no-such-owner/no-such-set'"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("-") else None,
+)
+def test_what_cannot_be_compressed_is_refused(shoal, prose, tmp_path, words, parts):
+    defaults = {"--text": prose[0], "--evaluation-text": prose[1], "--window": "64", "--calibration-tokens": "4096"}
+    given = [word for name, value in defaults.items() if name not in words for word in (name, value)]
+    assert_refused(shoal("compress", "tiny-random", *words, *given, "--evaluation-tokens", "1024", "-o", "out"), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["profile", "compress", "evaluate"])
+def test_a_model_that_is_none_is_named(shoal, command):
+    words = {"compress": ["-n", "2"], "evaluate": ["--dense", "tiny-random"]}.get(command, [])
+    assert_refused(shoal(command, "no-such-owner/no-such-model", *words), "no-such-owner/no-such-model")
+
+
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "BertModel"])
+def test_a_model_that_is_no_decoder_is_refused(shoal, tmp_path, head):
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    model = getattr(transformers, head)(config)
+    with torch.no_grad():  # as it is initialised, every token looks at all others alike, and hardly
+        for parameter in model.parameters():
+            parameter.mul_(20)
+    model.save_pretrained(tmp_path / "bert")
+    assert_refused(
+        shoal("profile", "bert", "--dtype", "float32"),
+        "'bert'",
+        "causal" if head == "BertForMaskedLM" else "cannot load model",
+    )
+
+
+def test_a_folder_that_holds_no_model_is_refused(shoal, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_refused(shoal("profile", "empty"), "empty")
+
+
+def test_evaluating_needs_to_know_the_dense_model(shoal):
+    assert_refused(
+        shoal("evaluate", "tiny-random", *SMALL_EVALUATION), "has no recipe.json that names its dense model; give --dense"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "part"), [("", "holds no text"), ("Only this.\n", "fewer than one window of 64: give more text")]
+)
+def test_a_text_without_enough_words_is_named(shoal, prose, tmp_path, content, part):
+    (tmp_path / "short.txt").write_text(content)
+    said = shoal("compress", "tiny-random", "-n", 1, "--text", "short.txt", "--evaluation-text", prose[1], *SMALL)
+    assert_refused(said, "'short.txt'", part)
+
+
+def test_evaluating_on_what_was_trained_on_is_refused(shoal, prose, tmp_path):
+    """A page of the training text inside another evaluation text, at another place."""
+    shared = tmp_path / "shared.txt"
+    shared.write_text(Path(prose[1]).read_text()[:1000] + Path(prose[0]).read_text()[500:3000])
+    sizes = ["--window", "256", "--calibration-tokens", "4096", "--evaluation-tokens", "4096"]
+    said = shoal("compress", "tiny-random", "-n", 1, "--text", prose[0], "--evaluation-text", shared, *sizes)
+    assert_refused(said, "evaluation text 'shared.txt' overlaps 'a.txt'", "evaluate on other text")
+
+
+def test_output_that_cannot_be_written_is_refused(shoal, prose, tmp_path):
+    (tmp_path / "file").write_text("")
+    said = shoal(
+        "compress", "tiny-random", "-n", 1, "-o", "file/out", "--text", prose[0], "--evaluation-text", prose[1], *SMALL
+    )
+    assert_refused(said, "file")
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (None, "cannot read 'mine.yaml': No such file or directory"),
+        ("- a\n", "holds no mapping"),
+        ("name: mine\nmodel: tiny-random\nspace: {num_replacd: 1}\n", "did you mean 'num_replaced'?"),
+    ],
+)
+def test_a_search_file_that_is_wrong_is_refused(shoal, tmp_path, content, part):
+    if content is not None:
+        (tmp_path / "mine.yaml").write_text(content)
+    assert_refused(shoal("search", "mine.yaml"), part)
+
+
+def test_a_cluster_that_is_not_there_is_refused(shoal, root):
+    said = shoal("search", root / "tune_configs" / "smoke.yaml", "--address", "127.0.0.1:1")
+    assert_refused(said, "no Ray cluster at '127.0.0.1:1'", "check the address")
+
+
+def test_a_folder_that_is_no_search_is_refused(shoal, tmp_path):
+    assert_refused(shoal("frontier", tmp_path), "is no search's folder: it has no config.json; give shoal-runs/NAME")
+    assert_refused(shoal("frontier", "nowhere"), "is no search's folder")
+
+
+def test_debug_shows_the_whole_traceback():
+    """In a process of its own, as a person would see it."""
+    shoal = Path(sys.executable).with_name("shoal")
+    ended = subprocess.run(
+        [shoal, "--debug", "search", "nowhere.yaml"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 1
+    assert "Traceback (most recent call last)" in ended.stderr
+    assert "cannot read 'nowhere.yaml'" in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "words", [["compres"], ["compress", "tiny-random", "--blocs", "1"], ["compress"], ["profile", "m", "--window", "x"]]
+)
+def test_a_mistyped_command_is_told_its_usage(shoal, words):
+    said = shoal(*words)
+    assert said.code == 2
+    assert "Usage: " in said.errors and "Traceback" not in said.errors
+    assert len(said.errors.splitlines()) < SCREEN_LINES
