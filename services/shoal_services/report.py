@@ -22,7 +22,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
   color: #1a1a1a; background: #fff }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap;
+th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #ddd } th { border-bottom: 2px solid #888 }
 td:first-child, th:first-child { text-align: left } tr.pick { background: #eef6fb } .scroll { overflow-x: auto }
 p.note { color: #555; max-width: 46rem }
