@@ -18,9 +18,11 @@ from typing import Any
 import mlflow
 import psutil
 import pytest
+import torch
 import yaml
 from mlflow.entities import Run
 from shoal.frontier import find_frontier, name_picks
+from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Point
 from shoal.store import hash_folder
 from shoal_services.folder import RunFolder
@@ -303,32 +305,44 @@ def test_a_search_without_its_tracker_finishes_and_keeps_the_records(make_search
 
 
 @pytest.mark.slow
-def test_a_model_that_collapses_is_told_and_is_not_on_the_frontier(make_search):
-    """Nearly all blocks dropped and nothing distilled, under a ceiling just above the dense model."""
-    broken = {"num_replaced": 5, "kind": "dropped", "distillation_tokens": 0}
+def test_models_that_collapse_are_told_and_are_not_on_the_frontier(make_search, tmp_path):
+    """One is worse than its ceiling allows, one ran away while it learned, one works."""
+    model = load_model("tiny-random", dtype="float32")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(10)  # sure of itself, so that blocks matter: perplexity × 1.18 without four of them
+    model.save_pretrained(tmp_path / "sharp")
+    load_tokenizer("tiny-random").save_pretrained(tmp_path / "sharp")
+    starts = {
+        "over": {"num_replaced": 4, "kind": "dropped", "distillation_tokens": 0, "learning_rate": 1e-3},
+        "away": {"num_replaced": 1, "kind": "linear", "distillation_tokens": 2048, "learning_rate": 1e30},
+        "works": {"num_replaced": 1, "kind": "linear", "distillation_tokens": 0, "learning_rate": 1e-3},
+    }
     search = make_search(
         space={
-            "num_replaced": {"randint": [1, 5]}, "kind": {"choice": ["linear", "dropped"]}, "distillation_tokens": 0,
-            "learning_rate": 0.001,
+            "kind": {"choice": ["linear", "dropped"]}, "distillation_tokens": {"choice": [0, 2048]},
+            "num_replaced": {"choice": [1, 4]}, "learning_rate": {"choice": [1e-3, 1e30]},
         },
-        search={
-            "num_trials": 2, "max_perplexity_ratio": 1.02,
-            "start_with": [{k: broken[k] for k in ("num_replaced", "kind")}, {"num_replaced": 1, "kind": "linear"}],
-        },
+        search={"num_trials": 3, "max_perplexity_ratio": 1.1, "start_with": list(starts.values())},
     )  # fmt: skip
-    output = search.run()
-    by_status = {result.status: result for result in search.folder.read_results()}
-    assert set(by_status) == {"collapsed", "finished"}
-    collapsed = by_status["collapsed"]
-    assert collapsed.assignment["kind"] == "dropped"
-    assert "over the ceiling" in collapsed.reason and "1.02 × dense" in collapsed.reason
+    data = yaml.safe_load(search.config.read_text()) | {"model": str(tmp_path / "sharp")}
+    search.config.write_text(yaml.safe_dump(data))
+    search.run()
+    results = {name: r for r in search.folder.read_results() for name, start in starts.items() if r.assignment == start}
+    assert {name: result.status for name, result in results.items()} == {
+        "over": "collapsed", "away": "collapsed", "works": "finished",
+    }  # fmt: skip
+    assert "over the ceiling" in results["over"].reason and "1.1 × dense" in results["over"].reason
     frontier = json.loads((search.folder.root / "frontier.json").read_text())["frontier"]
-    assert [Point.model_validate(point) for point in frontier] == [by_status["finished"].point]
-    assert f"trial {collapsed.key} collapsed: perplexity" in " ".join((output + search.errors()).split())
+    assert [Point.model_validate(point) for point in frontier] == [results["works"].point]
     parent, children = search.runs()
     assert parent.info.status == "FINISHED"
-    assert children[collapsed.key].info.status == "FAILED"
-    assert "over the ceiling" in children[collapsed.key].data.tags["reason"]
+    assert children[results["works"].key].info.status == "FINISHED"
+    said = " ".join(search.errors().split())
+    for name in ("over", "away"):
+        result, run = results[name], children[results[name].key]
+        assert run.info.status == "FAILED"
+        assert run.data.tags["reason"] == result.reason
+        assert f"trial {result.key} collapsed: " in said
 
 
 @pytest.mark.slow
