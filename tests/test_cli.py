@@ -21,6 +21,7 @@ COMMANDS = list(typer.main.get_command(app).commands)
 SMALL = ["--window", "64", "--calibration-tokens", "4096", "--evaluation-tokens", "1024", "--dtype", "float32"]
 SMALL_EVALUATION = ["--window", "64", "--evaluation-tokens", "1024", "--dtype", "float32"]
 SCREEN_LINES = 25
+SHOAL = Path(sys.executable).with_name("shoal")
 
 
 @dataclass
@@ -265,9 +266,13 @@ def test_a_search_file_that_is_wrong_is_refused(shoal, tmp_path, content, part):
     assert_refused(shoal("search", "mine.yaml"), part)
 
 
-def test_a_cluster_that_is_not_there_is_refused(shoal, root):
-    said = shoal("search", root / "tune_configs" / "smoke.yaml", "--address", "127.0.0.1:1")
-    assert_refused(said, "no Ray cluster at '127.0.0.1:1'", "check the address")
+def test_a_cluster_that_is_not_there_is_refused(root, tmp_path):
+    """In a process of its own, as a person would see it: this one may be connected to a cluster."""
+    command = [SHOAL, "search", root / "tune_configs" / "smoke.yaml", "--address", "127.0.0.1:1", "--storage", tmp_path]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    said = Said(ended.returncode, ended.stdout, ended.stderr)
+    assert_refused(said, "no Ray cluster at '127.0.0.1:1'", "check the address, or leave it out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_no_search_is_refused(shoal, tmp_path):
