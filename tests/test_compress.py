@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from shoal.corpus import load_corpus
 from shoal.evaluate import evaluate
 from shoal.models import hash_weights, load_model, load_tokenizer
+from shoal.profile import evaluate_beside
 from shoal.recipe import KINDS, Texts
 from shoal.store import load_point
 from shoal.teacher import measure_targets
@@ -36,6 +37,17 @@ def evaluate_again(folder, texts: Texts, base_model: str, *, distillation_tokens
         texts, load_tokenizer(str(folder)), dense.config, distillation_tokens=distillation_tokens, distillation_window=64
     )
     return evaluate(model, corpus.evaluation[0], measure_targets(dense, corpus.evaluation[0]))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_evaluating_a_folder_takes_the_tokens_that_compressing_took(tiny_random, texts, tmp_path, shared):
+    """Of a text that was trained on the part kept for evaluation; of any other text all of it."""
+    other = str(write_prose(tmp_path / "other.txt", num_sentences=800, seed=9))
+    texts = texts if shared else texts.model_copy(update={"evaluation": (other,)})
+    point = shoal.compress(tiny_random, tmp_path / "out", texts=texts, num_replaced=1, dtype="float32")
+    (again,) = evaluate_beside(str(tmp_path / "out"), None, texts, dtype="float32")
+    assert again.text == point.evaluations[0].text
+    assert again.perplexity == pytest.approx(point.perplexity, rel=1e-4)
 
 
 @pytest.mark.parametrize("distilled", [False, True])

@@ -122,7 +122,7 @@ def test_a_lacking_weight_is_refused(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.3.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lack 1 weights, 'model.layers.3.mlp.up_proj.weight'"):
+    with pytest.raises(ValueError, match=r"lack 1 weights of a causal decoder, 'model.layers.3.mlp.up_proj.weight'"):
         load_model(str(folder))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -44,7 +45,8 @@ class Corpus:
             with safe_open(path, "pt") as file:
                 names = file.metadata()
                 roles = {role: TokenWindows(file.get_tensor(role), names[role]) for role in file.keys()}  # noqa: SIM118
-            evaluation = [roles.pop(role) for role in sorted(roles) if role.startswith("evaluation.")]
+            num_evaluations = sum(role.startswith("evaluation.") for role in roles)
+            evaluation = [roles.pop(f"evaluation.{index}") for index in range(num_evaluations)]
             return cls(evaluation=tuple(evaluation), **roles)
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(
@@ -95,6 +97,23 @@ def load_corpus(
     seen = [corpus.calibration, corpus.selection, *([distillation] if distillation else [])]
     check_overlap(seen, list(corpus.evaluation))
     return corpus
+
+
+def load_evaluation(
+    texts: Texts, tokenizer: PreTrainedTokenizerBase, trained_on: Collection[str]
+) -> tuple[TokenWindows, ...]:
+    """The evaluation windows alone: those that `load_corpus` gave to a model trained on texts named `trained_on`.
+
+    Raises ValueError for a missing, empty or too short text.
+    """
+    windows = []
+    for source in texts.evaluation:
+        documents = load_documents(source)
+        roles = [*(TRAINING_ROLES if documents.name in trained_on else ()), "evaluation"]
+        dealt = deal_documents(documents, roles)["evaluation"]
+        num_tokens = max(texts.window, texts.evaluation_tokens)
+        windows.append(make_windows(dealt, tokenizer, name=documents.name, window=texts.window, num_tokens=num_tokens))
+    return tuple(windows)
 
 
 def _roles_of(source: str, texts: Texts) -> list[str]:

@@ -64,8 +64,11 @@ def load_model(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load model {name!r}: {_explain(error)}") from error
     if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ValueError(f"cannot load model {name!r}: its files lack {len(missing)} weights, {missing[0]!r} for one")
+        missing, made_as = sorted(report["missing_keys"]), ", ".join(model.config.architectures or ["?"])
+        raise ValueError(
+            f"cannot load model {name!r}: its files lack {len(missing)} weights of a causal decoder, "
+            f"{missing[0]!r} for one; it was saved as {made_as}, which may be an encoder or lack the language-model head"
+        )
     model.to(device).eval()  # type: ignore[arg-type]
     _require_causal(model, name)
     return model

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.corpus import load_corpus
+from shoal.corpus import load_corpus, load_evaluation
 from shoal.evaluate import evaluate
 from shoal.linearity import RANKING, BlockLinearity, measure_token_errors, score_blocks
 from shoal.models import load_model, load_tokenizer, recipe_of
@@ -60,6 +60,8 @@ def evaluate_beside(
 ) -> list[Evaluation]:
     """Model `name` on every evaluation text, beside the dense model that its recipe names (or `dense`).
 
+    Of a text that the recipe trained on, the part that was kept for evaluation is used.
+
     Raises ValueError if no dense model is known, or the two do not share their vocabulary.
     """
     recipe = recipe_of(name)
@@ -76,10 +78,11 @@ def evaluate_beside(
             f"{name!r} has a vocabulary of {model.config.vocab_size} tokens and {base!r} one of "
             f"{teacher.config.vocab_size}: they cannot be compared token by token"
         )
-    corpus = load_corpus(texts, load_tokenizer(base, revision=revision), teacher.config)
+    trained_on = [name for text in (recipe.calibration if recipe else ()) for name in text.name.split(" + ")]
+    evaluation = load_evaluation(texts, load_tokenizer(base, revision=revision), trained_on)
     listen("load", 1, 1)
     results = []
-    for windows in corpus.evaluation:
+    for windows in evaluation:
         stage, total = f"evaluate on {windows.name}", 2 * len(windows)
         targets = measure_targets(teacher, windows, on_progress=count_on(listen, stage, 0, total))
         results.append(evaluate(model, windows, targets, on_progress=count_on(listen, stage, len(windows), total)))
