@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 
 
-def multiply_rows(x_nd: Tensor, y_ne: Tensor) -> Tensor:
-    """xᵀy [d, e] in float32 (float64 for float64 rows), for rows that hold bfloat16 values in any float dtype.
+def multiply_rows(x_nd: Tensor, *others_ne: Tensor) -> list[Tensor]:
+    """xᵀy [d, e] for each of the others, in float32 (in float64 for float64 rows).
 
-    bfloat16 products are exact in float32, so accumulating them there loses nothing: on hardware that multiplies
-    bfloat16 natively this is four times faster than a float32 product (AMX).
+    Products of bfloat16 rows are exact in float32, so accumulating them there loses nothing: on hardware that
+    multiplies bfloat16 natively this is four times faster than a float32 product (AMX).
     """
-    if x_nd.dtype == torch.bfloat16 and x_nd.is_cuda:
-        return torch.mm(x_nd.T, y_ne.to(x_nd.dtype), out_dtype=torch.float32)
     if x_nd.dtype != torch.bfloat16:
         wide = torch.promote_types(x_nd.dtype, torch.float32)  # sums of squares overflow float16
-        return x_nd.to(wide).T @ y_ne.to(wide)
+        return [x_nd.to(wide).T @ y_ne.to(wide) for y_ne in others_ne]
+    if x_nd.is_cuda:
+        return [torch.mm(x_nd.T, y_ne.to(x_nd.dtype), out_dtype=torch.float32) for y_ne in others_ne]
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
-        return x_nd.float().T @ y_ne.float()
+        x_float = x_nd.float()
+        return [x_float.T @ (x_float if y_ne is x_nd else y_ne.float()) for y_ne in others_ne]
     finally:
         matmul.fp32_precision = before
 
@@ -51,14 +52,16 @@ class Gram:
 
     def add(self, pair: int, x_nd: Tensor, y_ne: Tensor, keep_n: Tensor | None = None) -> None:
         """Adds rows in place; with `keep_n` [N] bool, rows of x outside it must be zero already."""
-        weight_n = torch.ones(len(x_nd), device=x_nd.device) if keep_n is None else keep_n.float()
-        y_float = y_ne.to(weight_n.dtype if y_ne.dtype != torch.float64 else torch.float64)
+        wide = torch.promote_types(y_ne.dtype, torch.float32)
+        weight_n = torch.ones(len(x_nd), device=x_nd.device, dtype=wide) if keep_n is None else keep_n.to(wide)
+        y_float = y_ne.to(wide)
         self.num_tokens[pair] += weight_n.sum()
-        self.sum_x[pair] += x_nd.sum(0, dtype=torch.float64 if x_nd.dtype == torch.float64 else torch.float32)
-        self.sum_y[pair] += weight_n.to(y_float.dtype) @ y_float
-        self.yy[pair] += (y_float.square().sum(1) * weight_n).sum()
-        self.xx[pair] += multiply_rows(x_nd, x_nd)
-        self.xy[pair] += multiply_rows(x_nd, y_ne)
+        self.sum_x[pair] += x_nd.sum(0, dtype=wide)
+        self.sum_y[pair] += weight_n @ y_float
+        self.yy[pair] += weight_n @ torch.linalg.vector_norm(y_float, dim=1).square()
+        xx, xy = multiply_rows(x_nd, x_nd, y_ne)
+        self.xx[pair] += xx
+        self.xy[pair] += xy
 
     def __add__(self, other: Gram) -> Gram:
         return Gram(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
