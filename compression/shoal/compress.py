@@ -18,10 +18,9 @@ from shoal.evaluate import evaluate, measure_size, measure_speeds
 from shoal.fit import fit_independent
 from shoal.models import hash_weights, load_model, load_tokenizer
 from shoal.prepare import Listener, Preparation, ignore, prepare
-from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text, Texts
+from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Texts
 from shoal.replace import Replacement, apply_replacement
 from shoal.store import save, save_point
-from shoal.text import TokenWindows
 from shoal.walk import fit_in_order
 
 
@@ -94,16 +93,11 @@ def name_inputs(recipe: Recipe, model: PreTrainedModel, corpus: Corpus) -> Recip
     return recipe.model_copy(
         update={
             "weights_sha256": recipe.weights_sha256 or hash_weights(model),
-            "calibration": (describe(corpus.calibration),),
-            "distillation_text": describe(corpus.distillation) if corpus.distillation and recipe.distillation else None,
+            "calibration": (corpus.calibration.describe(),),
+            "distillation_text": corpus.distillation.describe() if corpus.distillation and recipe.distillation else None,
             "dtype": str(model.dtype).removeprefix("torch."),
         }
     )
-
-
-def describe(windows: TokenWindows) -> Text:
-    """Name, hash and length of token windows."""
-    return Text(name=windows.name, sha256=windows.sha256, num_tokens=windows.num_tokens)
 
 
 def choose(recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation) -> Recipe:

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from shoal.blocks import text_config
 from shoal.losses import find_divergence, find_normalizer
-from shoal.recipe import Evaluation, Size, Speed, Text
+from shoal.recipe import Evaluation, Size, Speed
 from shoal.teacher import TeacherTargets, choose_batch_size, token_losses
 from shoal.text import TokenWindows
 
@@ -81,7 +81,7 @@ def evaluate(
     (nll, nll_se), (dense_mean, dense_se) = mean_and_error(scores.nll), mean_and_error(dense_nll)
     (ratio, ratio_se), (kl, kl_se) = mean_and_error(scores.nll - dense_nll), mean_and_error(scores.kl)
     return Evaluation(
-        text=Text(name=windows.name, sha256=windows.sha256, num_tokens=windows.num_tokens),
+        text=windows.describe(),
         dense_perplexity=math.exp(dense_mean),
         dense_standard_error=math.exp(dense_mean) * dense_se,
         perplexity=math.exp(nll),

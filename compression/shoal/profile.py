@@ -51,7 +51,7 @@ def profile_model(
     listen("token errors", 0, 1)
     errors = measure_token_errors(model, corpus.selection, moments).tolist()
     listen("token errors", 1, 1)
-    text = Text(name=windows.name, sha256=windows.sha256, num_tokens=windows.num_tokens)
+    text = windows.describe()
     return Profile(name, text, scores, errors)
 
 

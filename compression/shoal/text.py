@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from shoal.recipe import PACKAGED_TEXT
+from shoal.recipe import PACKAGED_TEXT, Text
 
 TEXT_FIELDS = ("text", "content", "document", "story", "article")
 # Fractions of a source that several roles share. A role gets what it needs from its share, and no more.
@@ -55,6 +55,10 @@ class TokenWindows:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    def describe(self) -> Text:
+        """Name, hash and length, as they stand in a recipe."""
+        return Text(name=self.name, sha256=self.sha256, num_tokens=self.num_tokens)
 
     def take(self, start: int, stop: int) -> TokenWindows:
         """Windows start..stop-1 under the same name."""

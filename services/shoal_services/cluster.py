@@ -143,7 +143,7 @@ def _check_nodes(nodes: list[dict], storage: Path) -> None:
                     f"node {name} does not see storage {str(storage)!r}: with several nodes run.storage must be a folder "
                     "that all of them share (NFS, a mounted bucket)"
                 )
-            for package in here.keys() - {"python"} | {"python"}:
+            for package in here:
                 if versions.get(package) != here[package]:
                     raise ValueError(
                         f"node {name} runs {package} {versions.get(package)}, this machine {here[package]}: "
