@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 
-def multiply_rows(x_nd: Tensor, *others_ne: Tensor) -> list[Tensor]:
+def multiply_rows(x_nd: Tensor, *others_ne: Tensor, held_dtype: torch.dtype | None = None) -> list[Tensor]:
     """xᵀy [d, e] for each of the others, in float32 (in float64 for float64 rows).
 
-    Products of bfloat16 rows are exact in float32, so accumulating them there loses nothing: on hardware that
-    multiplies bfloat16 natively this is four times faster than a float32 product (AMX).
+    `held_dtype` is the dtype whose values the rows hold, if they were widened. Products of bfloat16 rows are exact in
+    float32, so accumulating them there loses nothing: on hardware that multiplies bfloat16 natively this is four
+    times faster than a float32 product (AMX).
     """
-    if x_nd.dtype != torch.bfloat16:
-        wide = torch.promote_types(x_nd.dtype, torch.float32)  # sums of squares overflow float16
-        return [x_nd.to(wide).T @ y_ne.to(wide) for y_ne in others_ne]
+    if (held_dtype or x_nd.dtype) != torch.bfloat16:
+        return [_widen(x_nd).T @ _widen(y_ne) for y_ne in others_ne]
     if x_nd.is_cuda:
-        return [torch.mm(x_nd.T, y_ne.to(x_nd.dtype), out_dtype=torch.float32) for y_ne in others_ne]
+        narrow = x_nd.bfloat16().T
+        return [torch.mm(narrow, y_ne.bfloat16(), out_dtype=torch.float32) for y_ne in others_ne]
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
@@ -28,6 +29,11 @@ def multiply_rows(x_nd: Tensor, *others_ne: Tensor) -> list[Tensor]:
         return [x_float.T @ (x_float if y_ne is x_nd else y_ne.float()) for y_ne in others_ne]
     finally:
         matmul.fp32_precision = before
+
+
+def _widen(rows: Tensor) -> Tensor:
+    """Rows in float32 or float64: sums of squares overflow float16."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 @dataclass
@@ -50,16 +56,27 @@ class Gram:
         shapes = [(), (width_x,), (width_y,), (width_x, width_x), (width_x, width_y), ()]
         return cls(*(torch.zeros((num_pairs, *shape), dtype=torch.float64, device=device) for shape in shapes))
 
-    def add(self, pair: int, x_nd: Tensor, y_ne: Tensor, keep_n: Tensor | None = None) -> None:
-        """Adds rows in place; with `keep_n` [N] bool, rows of x outside it must be zero already."""
-        wide = torch.promote_types(y_ne.dtype, torch.float32)
-        weight_n = torch.ones(len(x_nd), device=x_nd.device, dtype=wide) if keep_n is None else keep_n.to(wide)
-        y_float = y_ne.to(wide)
+    def add(
+        self,
+        pair: int,
+        x_nd: Tensor,
+        y_ne: Tensor,
+        keep_n: Tensor | None = None,
+        *,
+        held_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Adds rows in place; with `keep_n` [N] bool, rows of x outside it must be zero already.
+
+        `held_dtype` is the dtype whose values the rows hold, if they were widened already (see `multiply_rows`).
+        """
+        held_dtype = held_dtype or x_nd.dtype
+        x, y = _widen(x_nd), _widen(y_ne)
+        weight_n = torch.ones(len(x), device=x.device, dtype=y.dtype) if keep_n is None else keep_n.to(y.dtype)
         self.num_tokens[pair] += weight_n.sum()
-        self.sum_x[pair] += x_nd.sum(0, dtype=wide)
-        self.sum_y[pair] += weight_n @ y_float
-        self.yy[pair] += weight_n @ torch.linalg.vector_norm(y_float, dim=1).square()
-        xx, xy = multiply_rows(x_nd, x_nd, y_ne)
+        self.sum_x[pair] += x.sum(0)
+        self.sum_y[pair] += weight_n @ y
+        self.yy[pair] += weight_n @ torch.linalg.vector_norm(y, dim=1).square()
+        xx, xy = multiply_rows(x, x, y, held_dtype=held_dtype)
         self.xx[pair] += xx
         self.xy[pair] += xy
 

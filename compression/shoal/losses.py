@@ -76,7 +76,8 @@ def find_normalizer(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, T
     flat = logits.reshape(-1, logits.shape[-1])
     normalizers, top_ids = [], []
     for rows in split_rows(flat):
-        highest, index = (scaled := flat[rows].float() / temperature).max(-1, keepdim=True)
+        scaled = flat[rows].to(torch.float32, copy=True).div_(temperature)
+        highest, index = scaled.max(-1, keepdim=True)
         normalizers.append(scaled.sub_(highest).exp_().sum(-1).log_() + highest[:, 0])
         top_ids.append(index[:, 0])
     return torch.cat(normalizers).view(logits.shape[:-1]), torch.cat(top_ids).view(logits.shape[:-1])

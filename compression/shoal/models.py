@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from shoal import modeling_shoal
 from shoal.files import write_aside
+from shoal.memory import keep_freed_memory
 from shoal.recipe import Recipe
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -57,6 +58,8 @@ def load_model(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     device = device or choose_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     torch_dtype = DTYPES[dtype] if dtype else choose_dtype(device)
     folder, extra = _locate(name, revision)
     try:

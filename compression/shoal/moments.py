@@ -177,17 +177,19 @@ def _add_batch(model: PreTrainedModel, ids_bt: Tensor, moments: Moments, *, held
     previous: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def visit(boundary: int, stream_btd: Tensor) -> None:
-        y_nd = stream_btd.flatten(0, 1)
         norm_n, ratio_bt = measure_norms(stream_btd)
         moments.sink_norm_ratio[boundary] += ratio_bt.amax(dim=1).sum()
         sink_n = find_sinks(ratio_bt)
-        first_window.append(torch.nn.functional.normalize(stream_btd[0].float(), dim=-1))
+        # Widened once: a boundary is the y of one block and the x of the next.
+        y_nd = stream_btd.flatten(0, 1).to(torch.promote_types(stream_btd.dtype, torch.float32), copy=True)
+        first_window.append(torch.nn.functional.normalize(y_nd[:window], dim=-1))
         if previous:
             x_nd, x_norm_n, x_sink_n = previous.pop()
             pair, apart_n = boundary - 1, sink_n | x_sink_n
-            sinks.add(pair, x_nd[apart_n], y_nd[apart_n])
+            sinks.add(pair, x_nd[apart_n], y_nd[apart_n], held_dtype=stream_btd.dtype)
+            x_nd[apart_n] = 0
             _add_row_statistics(moments, pair, (x_nd, x_norm_n), (y_nd, norm_n), ~apart_n)
-            ordinary.add(pair, x_nd.masked_fill(apart_n[:, None], 0), y_nd, ~apart_n)
+            ordinary.add(pair, x_nd, y_nd, ~apart_n, held_dtype=stream_btd.dtype)
         previous.append((y_nd, norm_n, sink_n))
 
     with watch_boundaries(model, visit):
