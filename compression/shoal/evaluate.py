@@ -119,39 +119,35 @@ def measure_size(model: PreTrainedModel) -> Size:
 def measure_speeds(
     models: list[PreTrainedModel], *, num_prompt: int = 256, num_new: int = 16, rounds: int = 3
 ) -> list[Speed]:
-    """Median prefill and decode speed of each model for one sequence, in turns so that noise hits all alike.
+    """Prefill and decode speed of each model for one sequence, from the median over `rounds` of `num_new` tokens.
 
-    The prompt is shorter than `num_prompt` where the models' context is.
+    The models take turns at every token, so that other load on the machine hits all alike. The prompt is shorter than
+    `num_prompt` where the models' context is.
     """
     contexts = [getattr(text_config(model), "max_position_embeddings", None) for model in models]
     num_prompt = min([num_prompt, *(context - num_new for context in contexts if context)])
-    times: list[list[tuple[float, float]]] = [[] for _ in models]
+    prefills: list[list[float]] = [[] for _ in models]
+    steps: list[list[float]] = [[] for _ in models]
     for round_index in range(rounds + 1):
-        for model, seconds in zip(models, times, strict=True):
-            measured = _time_generation(model, num_prompt, num_new)
-            if round_index:  # the first round warms up
-                seconds.append(measured)
+        ids = [torch.arange(num_prompt, device=model.device)[None] % text_config(model).vocab_size for model in models]
+        caches = [DynamicCache(config=text_config(model)) for model in models]
+        for step in range(num_new + 1):
+            for index, model in enumerate(models):
+                seconds, ids[index] = _time_step(model, ids[index], caches[index])
+                if round_index:  # the first round warms up
+                    (steps if step else prefills)[index].append(seconds)
     return [
-        Speed(
-            prefill_tokens_per_s=num_prompt / statistics.median(prefill for prefill, _ in seconds),
-            decode_tokens_per_s=num_new / statistics.median(decode for _, decode in seconds),
-        )
-        for seconds in times
+        Speed(prefill_tokens_per_s=num_prompt / statistics.median(prefill), decode_tokens_per_s=1 / statistics.median(step))
+        for prefill, step in zip(prefills, steps, strict=True)
     ]
 
 
-def _time_generation(model: PreTrainedModel, num_prompt: int, num_new: int) -> tuple[float, float]:
-    """Seconds for the prompt, and for `num_new` tokens after it."""
-    cache = DynamicCache(config=text_config(model))
-    ids = torch.arange(num_prompt, device=model.device)[None] % text_config(model).vocab_size
+def _time_step(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> tuple[float, Tensor]:
+    """Seconds for tokens `ids` [1, T], and the token [1, 1] that follows."""
     start = time.perf_counter()
     token = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
     _wait(model)
-    prefilled = time.perf_counter()
-    for _ in range(num_new):
-        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits.argmax(-1)
-    _wait(model)
-    return prefilled - start, time.perf_counter() - prefilled
+    return time.perf_counter() - start, token
 
 
 def _wait(model: PreTrainedModel) -> None:
