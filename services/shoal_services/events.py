@@ -27,6 +27,15 @@ class SearchEvents(ray.tune.Callback):
     def __init__(self, config: SearchConfig, folder: RunFolder, tracker: Tracker, *, on_end: Callable[[TrialResult], None]):
         self.config, self.folder, self.tracker, self.on_end = config, folder, tracker, on_end
         self.parent = search_key(config)
+        self.interrupted = False
+
+    def raise_if_interrupted(self) -> None:
+        """Raises KeyboardInterrupt if the search was asked to stop."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.raise_if_interrupted()
 
     def __getstate__(self) -> dict:
         """Nothing: Tune pickles its callbacks for a restore of its own, and a search restores from its folder."""

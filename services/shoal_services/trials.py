@@ -9,8 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -91,7 +96,30 @@ def _fit_tuner(
             failure_config=ray.tune.FailureConfig(max_failures=0),
         ),
     )  # fmt: skip
-    tuner.fit()
+    with interrupt_for_sure(events):
+        tuner.fit()
+
+
+@contextmanager
+def interrupt_for_sure(events: SearchEvents) -> Iterator[None]:
+    """Inside, Ctrl-C raises KeyboardInterrupt, and again at Tune's next step if the first was lost.
+
+    Python drops an exception that is raised inside a callback of compiled code, and Ray's loop runs many of them.
+    """
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        events.interrupted = True
+        signal.default_int_handler(signum, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+        events.raise_if_interrupted()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _make_searcher(
