@@ -17,7 +17,8 @@ import mlflow
 import psutil
 import pytest
 from mlflow.entities import Run
-from shoal_services.tracking import KEY_TAG, PLACE_TAG, Tracker, ping
+from shoal_services.registry import PLACE_TAG, ping
+from shoal_services.tracking import KEY_TAG, Tracker
 
 MODEL = "shoal-tiny"
 

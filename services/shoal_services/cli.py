@@ -305,6 +305,39 @@ def evaluate(
 
 
 @app.command()
+def serve(
+    sources: Annotated[
+        list[str], typer.Argument(help="A search's folder, models:/NAME@ALIAS, model folders, or serve.yaml.")
+    ],
+    host: Annotated[str | None, typer.Option(help="Address to listen on; others than this machine need API keys.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to serve from; by default a local one is started.")
+    ] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server whose registry models:/ names.")] = None,
+) -> None:
+    """Serve the dense model and its compressed variants behind one OpenAI-compatible endpoint.
+
+    Examples:
+
+        shoal serve shoal-runs/demo
+
+        shoal serve models:/shoal-smollm2-135m@dense models:/shoal-smollm2-135m@balanced --tracking-uri http://mlflow:5000
+
+        shoal serve serve.yaml --port 9000
+    """
+    from shoal_services.serving.settings import ServeSettings
+    from shoal_services.serving.sources import read_sources
+
+    given = {"host": host, "port": port, "address": address, "tracking_uri": tracking_uri}
+    settings = read_sources(sources).model_dump() | {name: value for name, value in given.items() if value is not None}
+
+    from shoal_services.serving.run import run_endpoint
+
+    run_endpoint(ServeSettings.model_validate(settings))
+
+
+@app.command()
 def doctor(
     storage: Annotated[Path, typer.Option(help="Where searches would be kept.")] = Path("shoal-runs"),
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow server to look for.")] = None,

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from shoal_services.space import AXIS_TAGS, RANGES
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_strict(path: Path, model: type[M], *, example: str) -> M:
+    """A YAML file as a value of `model`. Raises ValueError that names file, key and remedy."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error.strerror}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{str(path)!r} holds no mapping; see {example} for the form")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(explain_validation(error, model, path.name)) from error
 
 
 def explain_validation(error: ValidationError, model: type[BaseModel], source: str) -> str:

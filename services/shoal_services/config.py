@@ -6,11 +6,10 @@ import itertools
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from shoal.recipe import Distillation, LossWeights, Recipe, Texts, Value
 
-from shoal_services.complaints import explain_validation, suggest
+from shoal_services.complaints import read_strict, suggest
 from shoal_services.space import Choice, Range, Space, list_ends, parse_kind
 
 
@@ -141,15 +140,4 @@ class SearchConfig(Value):
 
 def load_config(path: Path) -> SearchConfig:
     """The search that a YAML file describes. Raises ValueError that names file, key and remedy."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error.strerror}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{str(path)!r} holds no mapping; see tune_configs/demo.yaml for the form")
-    try:
-        return SearchConfig.model_validate(data)
-    except ValidationError as error:
-        raise ValueError(explain_validation(error, SearchConfig, path.name)) from error
+    return read_strict(path, SearchConfig, example="tune_configs/demo.yaml")

@@ -87,6 +87,6 @@ def _check_ray(address: str | None) -> str:
 
 
 def _check_tracker(uri: str) -> str:
-    from shoal_services.tracking import ping
+    from shoal_services.registry import ping
 
     return ping(uri)

@@ -1,7 +1,7 @@
 """What happens in a search, on its way to MLflow: written to a spool file first, sent by a thread in the background.
 
 A tracker that is slow or down never holds up the search. Records that could not be sent are sent at the next
-start. Runs are found again by the tag `shoal.key`, so replaying makes no second run. The only file that imports
+start. Runs are found again by the tag `shoal.key`, so replaying makes no second run. Only this file and `registry` import
 mlflow.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -19,15 +17,9 @@ from typing import Any
 
 from shoal.files import write_text
 
+from shoal_services.registry import PLACE_TAG, connect_tracker
+
 KEY_TAG = "shoal.key"
-PLACE_TAG = "shoal.place"
-# MLflow's own patience is minutes per call (7 retries of 120 s): the thread would hang on a dead server.
-CLIENT_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
-}
 RETRY_EVERY_S = 5.0
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
 
@@ -158,30 +150,11 @@ def _drop_torn_line(spool: Path) -> None:
             spool.write_bytes(data[: data.rfind(b"\n") + 1])
 
 
-def ping(uri: str) -> str:
-    """What an MLflow server at `uri` holds. Raises RuntimeError or OSError if none answers."""
-    for name, value in CLIENT_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return f"{uri}: {len(mlflow.MlflowClient(uri).search_experiments())} experiments"
-    except MlflowException as error:
-        raise RuntimeError(str(error)) from error
-
-
 class _Sender:
     """Sends one record at a time with an MLflow client; every record may be sent twice."""
 
     def __init__(self, uri: str, experiment: str, folder: Path):
-        for name, value in CLIENT_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        import mlflow
-
-        logging.getLogger("alembic").setLevel(logging.ERROR)
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        self.uri, self.client = uri, mlflow.MlflowClient(uri)
+        self.uri, self.client = uri, connect_tracker(uri)
         found = self.client.get_experiment_by_name(experiment)
         # A local database keeps artefacts beside itself; a server knows its own place for them.
         place = (folder / "mlartifacts").as_uri() if uri.startswith("sqlite") else None

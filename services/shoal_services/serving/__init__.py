@@ -1,0 +1,1 @@
+"""Serving: token generation by continuous batching, and an OpenAI-compatible endpoint over it on Ray Serve."""

@@ -1,0 +1,92 @@
+"""The values of token generation: what a request asks for, and what it gets step by step. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+# A text, token ids, or the messages of a chat.
+Prompt = str | tuple[int, ...] | tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are picked. Temperature 0 takes the most likely token; `top_k` 0 and `top_p` 1 keep all tokens.
+
+    The penalties are subtracted from the logits of tokens generated before: `presence_penalty` once,
+    `frequency_penalty` for each time. `num_logprobs` is how many likely tokens to report beside each picked one (None:
+    not even the picked one's). Equal seeds give equal tokens.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    num_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One text to generate from a prompt of tokens."""
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    echo: bool = False
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token: its id, its text (where log probabilities are asked for), its log probability in nats given those
+    before it (None unless asked for), and the likeliest tokens in its place."""
+
+    id: int
+    text: str = ""
+    logprob: float | None = None
+    top: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What was added to a text since the last delta. The last of a generation has a `finish_reason`.
+
+    With `echo`, the first one's `prompt_tokens` are those of the prompt, and its text is the prompt's.
+    """
+
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    finish_reason: FinishReason | None = None
+    prompt_tokens: tuple[Token, ...] = ()
+
+    def __add__(self, later: Delta) -> Delta:
+        prompt_tokens = self.prompt_tokens + later.prompt_tokens
+        return Delta(self.text + later.text, self.tokens + later.tokens, later.finish_reason, prompt_tokens)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the gateway asks of a variant: a generation whose prompt is not in tokens yet.
+
+    `max_tokens` None means as many as the context leaves; without `stream` the answer comes in one piece.
+    """
+
+    prompt: Prompt
+    max_tokens: int | None
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    echo: bool = False
+    stream: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a variant answers, piece by piece. Every piece says how many tokens the prompt has."""
+
+    delta: Delta
+    num_prompt_tokens: int

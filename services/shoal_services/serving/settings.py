@@ -1,0 +1,92 @@
+"""What is served, and how: the strict schema of `serve.yaml`."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+from shoal.recipe import Value
+
+
+class Limits(Value):
+    """What a variant takes on. Whatever is over a limit is refused: too long with 400, too much at once with 429."""
+
+    max_batch_size: int = Field(default=32, ge=1, le=1024, description="requests generated at once by a replica")
+    max_queued: int = Field(default=64, ge=0, description="requests that wait for a variant, at each gateway")
+    max_context: int = Field(default=2048, ge=16, description="tokens of prompt and answer")
+    max_tokens: int = Field(default=512, ge=1, description="tokens of an answer that names no limit")
+    max_body_bytes: int = Field(default=2**20, ge=1024)
+    timeout_s: float = Field(default=120.0, gt=0)
+
+
+class VariantSettings(Value):
+    """One served model. `model` is a folder, alias, Hub id, or `models:/NAME@ALIAS` of the MLflow registry.
+
+    With `min_replicas: 0` it starts at its first request and stops after `idle_s` without any.
+    """
+
+    model: str = Field(min_length=1)
+    dtype: str | None = None
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=1, ge=1)
+    idle_s: float = Field(default=600.0, gt=0)
+    cpus_per_replica: float = Field(default=0.0, ge=0, description="reserved in Ray; 0 shares what there is")
+    gpus_per_replica: float = Field(default=0.0, ge=0)
+    perplexity: float | None = None
+    num_parameters: int | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        return self
+
+
+class ServeSettings(Value):
+    """Everything that `shoal serve` needs to know.
+
+    `routes` maps a public model name to variants and their weights: `{smollm2: {dense: 90, balanced: 10}}`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    variants: dict[str, VariantSettings] = Field(min_length=1)
+    routes: dict[str, dict[str, float]] = Field(default={})
+    keys: Path | None = Field(default=None, description="file of hashed API keys, made by `shoal keys`")
+    allow_anonymous: bool = Field(default=False, description="serve beyond this machine without keys")
+    gateways: int = Field(default=1, ge=1)
+    limits: Limits = Limits()
+    address: str | None = None
+    tracking_uri: str | None = None
+    watch_every_s: float = Field(default=10.0, gt=0)
+
+    @model_validator(mode="after")
+    def _routes_lead_somewhere(self) -> Self:
+        for route, weights in self.routes.items():
+            if route in self.variants:
+                raise ValueError(f"route {route!r} has the name of a variant; choose another")
+            unknown = sorted(set(weights) - set(self.variants))
+            if unknown or not weights:
+                raise ValueError(f"route {route!r} leads to unknown variants {unknown}; there are {sorted(self.variants)}")
+            if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+                raise ValueError(f"route {route!r}: weights must be 0 or more, and not all 0")
+        return self
+
+    @model_validator(mode="after")
+    def _strangers_need_keys(self) -> Self:
+        if self.keys is None and not self.allow_anonymous and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host!r} can be reached from other machines, and no API keys are set: make some with "
+                "`shoal keys add NAME` and give `keys: FILE`, or say `allow_anonymous: true`"
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

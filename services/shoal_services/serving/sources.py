@@ -1,0 +1,102 @@
+"""What the words after `shoal serve` mean: a search's folder, registry names, model folders, or a YAML file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from shoal.models import ALIASES, describe_source
+from shoal.recipe import Point, fingerprint
+
+from shoal_services.complaints import read_strict
+from shoal_services.serving.settings import ServeSettings, VariantSettings
+
+REGISTRY = "models:/"
+
+
+def read_sources(sources: list[str]) -> ServeSettings:
+    """The settings that the sources describe. Raises ValueError for what cannot be served."""
+    if len(sources) == 1 and sources[0].endswith((".yaml", ".yml")):
+        return read_strict(Path(sources[0]), ServeSettings, example="the README's serve.yaml")
+    variants: dict[str, VariantSettings] = {}
+    for source in sources:
+        found = _read_search(Path(source)) if _is_search(source) else {_name(source): describe_variant(source)}
+        twice = sorted(set(found) & set(variants))
+        if twice:
+            raise ValueError(f"two variants named {twice[0]!r}; name them in a YAML file: shoal serve serve.yaml")
+        variants |= found
+    return ServeSettings(variants=variants)
+
+
+def describe_variant(model: str) -> VariantSettings:
+    """A variant for a model, with the numbers that its folder holds."""
+    file = Path(model) / "point.json"
+    if not file.is_file():
+        return VariantSettings(model=model)
+    try:
+        point = Point.model_validate_json(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}") from error
+    return VariantSettings(model=model, perplexity=point.perplexity, num_parameters=point.num_parameters)
+
+
+def find_version(place: str, dtype: str | None) -> str:
+    """A short hash that changes with the weights: of the folder's configuration, numbers and file sizes."""
+    folder = Path(describe_source(place))
+    if not folder.is_dir():
+        return fingerprint([place, dtype])
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file())
+    return fingerprint([str(folder), dtype, files])
+
+
+def _is_search(source: str) -> bool:
+    return (Path(source) / "frontier.json").is_file()
+
+
+def _read_search(folder: Path) -> dict[str, VariantSettings]:
+    """The dense model and every frontier point: `dense`, `best`, `balanced`, `smallest`, and others as `linear-8`.
+
+    Points without a name of their own start at their first request.
+    """
+    try:
+        payload = json.loads((folder / "frontier.json").read_text())
+        points = [Point.model_validate(point) for point in payload["frontier"]]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{str(folder / 'frontier.json')!r} is damaged: {error}") from error
+    if not points:
+        raise ValueError(f"{str(folder)!r} holds no frontier yet; let the search finish at least one trial")
+    recipe, evaluation = points[0].recipe, points[0].evaluations[0]
+    variants = {
+        "dense": VariantSettings(
+            model=recipe.base_model,
+            perplexity=evaluation.dense_perplexity,
+            num_parameters=points[0].dense_size.num_parameters,
+        )
+    }
+    names = {artefact: name for name, artefact in reversed(payload["picks"].items())}
+    for point in sorted(points, key=lambda point: -point.num_parameters):
+        assert point.artefact is not None
+        name = names.get(point.artefact)
+        variants[name or f"{point.recipe.kind}-{point.recipe.num_replaced}"] = VariantSettings(
+            model=_find_artefact(folder, point.artefact), perplexity=point.perplexity,
+            num_parameters=point.num_parameters, min_replicas=1 if name else 0,
+        )  # fmt: skip
+    return variants
+
+
+def _find_artefact(folder: Path, artefact: str) -> str:
+    """The model's folder, also where the search's folder was moved as a whole."""
+    moved = folder / "trials" / Path(artefact).parent.name / "model"
+    found = next((path for path in (Path(artefact), moved) if path.is_dir()), None)
+    if found is None:
+        raise ValueError(f"the frontier's model {artefact!r} is gone; run the search again")
+    return str(found.resolve())
+
+
+def _name(source: str) -> str:
+    """`models:/shoal-x@balanced` → balanced; a folder or Hub id → its last part."""
+    if source.startswith(REGISTRY):
+        return source.rpartition("@")[2] if "@" in source else source.removeprefix(REGISTRY).replace("/", "-")
+    if source in ALIASES:
+        return source
+    return Path(source).name

@@ -1,0 +1,73 @@
+"""One served model: a Ray Serve deployment whose replicas each hold the weights, the tokenizer and an engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+from ray.serve.exceptions import RayServeException
+
+from shoal_services.serving.generation import Call, Delta, Generation, Piece, Prompt
+from shoal_services.serving.settings import Limits
+
+
+class Variant:
+    """Answers calls for one model. Heavy imports wait until a replica starts."""
+
+    def __init__(self, model: str, dtype: str | None, limits: dict[str, Any], num_threads: int | None = None):
+        import torch
+        from shoal.blocks import text_config
+        from shoal.models import load_model, load_tokenizer
+
+        from shoal_services.serving.decoder import BatchedDecoder
+        from shoal_services.serving.engine import Engine
+
+        torch.set_num_threads(num_threads or os.cpu_count() or 1)
+        self.limits = Limits.model_validate(limits)
+        self.tokenizer = load_tokenizer(model)
+        loaded = load_model(model, dtype=dtype)
+        longest = getattr(text_config(loaded), "max_position_embeddings", None) or self.limits.max_context
+        self.max_context = min(self.limits.max_context, longest)
+        decoder = BatchedDecoder(loaded, max_batch_size=self.limits.max_batch_size)
+        self.engine = Engine(decoder, self.tokenizer, max_context=self.max_context)
+
+    async def generate(self, call: Call) -> AsyncIterator[Piece]:
+        """The answer's pieces. Raises ValueError for a prompt that does not fit or cannot be read."""
+        ids = self.encode(call.prompt)
+        room = max(0, self.max_context - len(ids))
+        max_tokens = min(room, self.limits.max_tokens) if call.max_tokens is None else call.max_tokens
+        request = Generation(ids, max_tokens, call.sampling, call.stop, call.ignore_eos, call.echo)
+        whole = Delta()
+        async for delta in self.engine.generate(request):
+            if call.stream:
+                yield Piece(delta, len(ids))
+            whole += delta
+        if not call.stream:
+            yield Piece(whole, len(ids))
+
+    async def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> dict[str, Any]:
+        """Token ids and their number, and the context's length. Raises ValueError for a chat without a template."""
+        ids = self.encode(prompt, add_special_tokens=add_special_tokens)
+        return {"count": len(ids), "max_model_len": self.max_context, "tokens": list(ids)}
+
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a prompt, in whichever form it came."""
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
+        messages = [part for part in prompt if isinstance(part, dict)]
+        if messages:
+            if self.tokenizer.chat_template is None:
+                raise ValueError("this model has no chat template; use /v1/completions")
+            templated = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            return tuple(cast(list[int], templated))
+        ids = cast(tuple[int, ...], prompt)
+        outside = [token for token in ids if not 0 <= token < len(self.tokenizer)]
+        if outside:
+            raise ValueError(f"token ids {outside[:5]} are outside the vocabulary of {len(self.tokenizer)} tokens")
+        return ids
+
+    def check_health(self) -> None:
+        """Raises once the engine has failed: Serve then starts another replica."""
+        if self.engine.failure is not None:
+            raise RayServeException(f"the engine has failed: {self.engine.failure}")

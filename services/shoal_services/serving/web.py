@@ -1,0 +1,117 @@
+"""The endpoint's HTTP routes, and what becomes of errors: always OpenAI's shape, never a traceback."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any, cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.params import Depends
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from starlette.exceptions import HTTPException
+
+from shoal_services.serving.events import first_line
+from shoal_services.serving.gateway import Gateway
+from shoal_services.serving.guard import BodyLimit, KeyRing, check_key
+from shoal_services.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest, make_error
+from shoal_services.serving.routes import UnknownModel
+
+RETRY_AFTER_S = 1
+
+
+def make_app(keys: KeyRing, *, max_body_bytes: int) -> FastAPI:
+    """The FastAPI application whose routes speak to the `Gateway` of the replica that it runs in."""
+    app = FastAPI(title="Shoal", summary="Depth-compressed language models behind OpenAI's interfaces", docs_url=None)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    _add_error_shapes(app)
+    guarded = [Depends(check_key(keys))]
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
+        for status, text in {
+            400: "What was sent cannot be used", 401: "No valid API key", 404: "No such model", 408: "Took too long",
+            413: "Too large", 429: "Too much at once", 503: "No replica can answer",
+        }.items()
+    }  # fmt: skip
+
+    @app.post("/v1/completions", dependencies=guarded, responses=errors)
+    async def complete(request: CompletionRequest) -> Response:
+        return await _gateway().complete(request)
+
+    @app.post("/v1/chat/completions", dependencies=guarded, responses=errors)
+    async def chat(request: ChatRequest) -> Response:
+        return await _gateway().chat(request)
+
+    @app.post("/tokenize", dependencies=guarded, responses=errors)
+    async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
+        return await _gateway().tokenize(request)
+
+    @app.get("/v1/models", dependencies=guarded, responses={401: errors[401]})
+    async def models() -> dict[str, Any]:
+        return _gateway().list_models()
+
+    @app.get("/v1/models/{model}", dependencies=guarded, responses={401: errors[401], 404: errors[404]})
+    async def one_model(model: str) -> dict[str, Any]:
+        return _gateway().describe_model(model)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def playground() -> str:
+        return files("shoal_services.serving").joinpath("playground.html").read_text()
+
+    return app
+
+
+def _gateway() -> Gateway:
+    return cast(Gateway, serve.get_replica_context().servable_object)
+
+
+def _add_error_shapes(app: FastAPI) -> None:
+    def shaped(status: int, message: str, **extra: Any) -> JSONResponse:
+        headers = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else None
+        return JSONResponse(make_error(status, message, **extra), status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+        complaint = error.errors()[0]
+        path = ".".join(str(part) for part in complaint["loc"] if part != "body")
+        if complaint["type"] == "extra_forbidden":
+            return shaped(400, f"unsupported parameter {path!r}", param=path, code="unsupported_parameter")
+        message = complaint["msg"].removeprefix("Value error, ")
+        return shaped(400, f"{path}: {message}" if path else message, param=path or None)
+
+    @app.exception_handler(HTTPException)
+    async def plain(_request: Request, error: HTTPException) -> JSONResponse:
+        response = shaped(error.status_code, str(error.detail))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(UnknownModel)
+    async def unknown(_request: Request, error: UnknownModel) -> JSONResponse:
+        return shaped(404, str(error), param="model", code="model_not_found")
+
+    @app.exception_handler(ValueError)
+    async def refused(_request: Request, error: ValueError) -> JSONResponse:
+        return shaped(400, first_line(error))
+
+    @app.exception_handler(TimeoutError)
+    async def late(_request: Request, _error: TimeoutError) -> JSONResponse:
+        return shaped(408, "the answer took longer than the endpoint's limit; lower max_tokens or try again")
+
+    @app.exception_handler(BackPressureError)
+    async def full(_request: Request, _error: BackPressureError) -> JSONResponse:
+        return shaped(429, "the variant's queue is full; try again in a moment", code="queue_full")
+
+    async def down(_request: Request, error: Exception) -> JSONResponse:
+        if isinstance(getattr(error, "cause", None), ValueError):
+            return shaped(400, first_line(error))
+        return shaped(503, f"the variant cannot answer now: {first_line(error)}")
+
+    for kind in (DeploymentUnavailableError, RayServeException, RayError):
+        app.add_exception_handler(kind, down)
