@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 
 import torch
@@ -32,6 +33,7 @@ class BatchedDecoder:
         self._window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         self.slots = Slots(config.num_hidden_layers, max_batch_size, model.device)
         self.size = 0
+        self.max_context: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self._make_masks = self._choose_masks()
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -43,24 +43,31 @@ class EngineStatistics:
     requests: int = 0
     waiting: int = 0
     running: int = 0
-    time_to_first_token_s: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
 
 
 class Engine:
-    """Continuous batching on a thread of its own: newcomers join between two steps, whoever is done leaves at once."""
+    """Continuous batching on a thread of its own: newcomers join between two steps, whoever is done leaves at once.
 
-    def __init__(self, decoder: BatchedDecoder, tokenizer: PreTrainedTokenizerBase, *, max_context: int):
-        self.decoder, self.tokenizer, self.max_context = decoder, tokenizer, max_context
+    The decoder is made on that thread, and nothing else in the process should compute with torch: OpenMP gives every
+    thread workers of its own, which wait busily and take the cores from each other (two times slower steps).
+
+    Raises what `make_decoder` raises.
+    """
+
+    def __init__(self, make_decoder: Callable[[], BatchedDecoder], tokenizer: PreTrainedTokenizerBase, *, max_context: int):
+        self.tokenizer, self.max_context = tokenizer, max_context
         self.statistics = EngineStatistics()
-        ends = decoder.model.generation_config.eos_token_id
-        self.end_tokens = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self.failure: Exception | None = None
         self._waiting: deque[Running] = deque()
         self._rows: list[Running] = []
         self._wake = threading.Condition()
         self._closed = False
-        self.failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(make_decoder,), name="engine", daemon=True)
         self._thread.start()
+        self._ready.wait()
+        if self.failure is not None:
+            raise self.failure
 
     async def generate(self, request: Generation) -> AsyncIterator[Delta]:
         """The text's pieces. Leaving the iterator early frees the request's row.
@@ -112,14 +119,20 @@ class Engine:
                 f"{request.max_tokens} to generate are {wanted}; shorten the prompt or lower max_tokens"
             )
 
-    def _run(self) -> None:
+    def _run(self, make_decoder: Callable[[], BatchedDecoder]) -> None:
         try:
+            self.decoder = make_decoder()
+            ends = self.decoder.model.generation_config.eos_token_id
+            self.end_tokens = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+            self.max_context = min(self.max_context, self.decoder.max_context)
+            self._ready.set()
             while self._wait_for_work():
                 self._admit()
                 if self._rows:
                     self._step()
         except Exception as error:
             self.failure = error
+            self._ready.set()
             for running in [*self._rows, *self._waiting]:
                 running.emit(RuntimeError(f"the engine has failed: {type(error).__name__}: {error}"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 from shoal_services.serving.deploy import Endpoint
@@ -12,6 +13,8 @@ from shoal_services.terminal import console, output, show_progress
 def run_endpoint(settings: ServeSettings) -> None:
     """Serves until interrupted. Raises ValueError or OSError for what cannot be served, before anything is up."""
     endpoint = Endpoint(settings)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what supervisors send
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with show_progress() as listen:
             endpoint.start(listen)

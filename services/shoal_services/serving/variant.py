@@ -17,20 +17,20 @@ class Variant:
 
     def __init__(self, model: str, dtype: str | None, limits: dict[str, Any], num_threads: int | None = None):
         import torch
-        from shoal.blocks import text_config
         from shoal.models import load_model, load_tokenizer
 
         from shoal_services.serving.decoder import BatchedDecoder
         from shoal_services.serving.engine import Engine
 
-        torch.set_num_threads(num_threads or os.cpu_count() or 1)
         self.limits = Limits.model_validate(limits)
         self.tokenizer = load_tokenizer(model)
-        loaded = load_model(model, dtype=dtype)
-        longest = getattr(text_config(loaded), "max_position_embeddings", None) or self.limits.max_context
-        self.max_context = min(self.limits.max_context, longest)
-        decoder = BatchedDecoder(loaded, max_batch_size=self.limits.max_batch_size)
-        self.engine = Engine(decoder, self.tokenizer, max_context=self.max_context)
+
+        def make_decoder() -> BatchedDecoder:
+            torch.set_num_threads(num_threads or os.cpu_count() or 1)
+            return BatchedDecoder(load_model(model, dtype=dtype), max_batch_size=self.limits.max_batch_size)
+
+        self.engine = Engine(make_decoder, self.tokenizer, max_context=self.limits.max_context)
+        self.max_context = self.engine.max_context
 
     async def generate(self, call: Call) -> AsyncIterator[Piece]:
         """The answer's pieces. Raises ValueError for a prompt that does not fit or cannot be read."""
