@@ -330,11 +330,16 @@ def serve(
     from shoal_services.serving.sources import read_sources
 
     given = {"host": host, "port": port, "address": address, "tracking_uri": tracking_uri}
-    settings = read_sources(sources).model_dump() | {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+
+    def read_settings() -> ServeSettings:
+        return ServeSettings.model_validate(read_sources(sources).model_dump() | given)
+
+    read_settings()  # what is wrong is said before Ray and torch are loaded
 
     from shoal_services.serving.run import run_endpoint
 
-    run_endpoint(ServeSettings.model_validate(settings))
+    run_endpoint(read_settings)
 
 
 @app.command()

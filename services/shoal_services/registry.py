@@ -17,6 +17,7 @@ CLIENT_ENVIRONMENT = {
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
 }
 PLACE_TAG = "shoal.place"
+REGISTRY = "models:/"
 
 
 def connect_tracker(uri: str | None) -> MlflowClient:
@@ -50,7 +51,7 @@ def find_registered(name: str, uri: str | None) -> str:
     client = connect_tracker(uri)
     from mlflow.exceptions import MlflowException
 
-    model, at, alias = name.removeprefix("models:/").partition("@")
+    model, at, alias = name.removeprefix(REGISTRY).partition("@")
     model, _, number = model.partition("/")
     try:
         version = client.get_model_version_by_alias(model, alias) if at else client.get_model_version(model, number)

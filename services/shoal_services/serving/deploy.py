@@ -1,103 +1,160 @@
 """The story of serving: resolve models → a Serve application for each variant → the gateway, told where they are.
 
 A variant's application carries its version in its name. Another version is another application beside the first: the
-gateway changes over once it is healthy, and the first goes when its requests are done. No request sees the change.
+gateway changes over once the new one is healthy, and the old one stays a while, so that going back is instant. No
+request sees the change.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from ray import serve
 from ray.serve.schema import LoggingConfig
+from shoal.recipe import fingerprint
 
 from shoal_services.cluster import connect
+from shoal_services.registry import REGISTRY, find_registered
 from shoal_services.serving.gateway import Gateway
 from shoal_services.serving.guard import KeyRing
 from shoal_services.serving.settings import ServeSettings, VariantSettings
-from shoal_services.serving.sources import REGISTRY, find_version
+from shoal_services.serving.sources import find_version
 from shoal_services.serving.variant import Variant
 from shoal_services.serving.web import make_app
 
 GATEWAY = "gateway"
 DRAIN_S = 30.0
+CODE_VERSION = "1"
+log = logging.getLogger("shoal.serve")
 
 
-@dataclass
+class Served(NamedTuple):
+    """The application that answers for a variant, and the place that its weights came from."""
+
+    app: str
+    place: str
+
+
 class Endpoint:
-    """What is deployed: for each public name, the application that answers and the place its weights came from."""
+    """What is deployed, brought in line with the settings again and again."""
 
-    settings: ServeSettings
-    apps: dict[str, str] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
-    previous: dict[str, tuple[str, str]] = field(default_factory=dict)
+    def __init__(self, settings: ServeSettings):
+        self.settings = settings
+        self.served: dict[str, Served] = {}
+        self._idle_since: dict[str, float] = {}
+        self._broken: set[str] = set()
+        self._told: dict[str, Any] | None = None
 
     @property
     def url(self) -> str:
+        """Where it listens."""
         return f"http://{self.settings.host}:{self.settings.port}"
 
     def start(self, listen: Callable[[str, int, int], None]) -> None:
-        """Brings everything up; returns when every variant with a replica has answered its health check."""
+        """Brings everything up; returns when every variant that has a replica is healthy.
+
+        Raises ValueError for a model that cannot be found or served, OSError if the port is taken.
+        """
+        places = {name: resolve(v.model, self.settings.tracking_uri) for name, v in self.settings.variants.items()}
         listen("start Ray", 0, 1)
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         connect(self.settings.address)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         http = {"host": self.settings.host, "port": self.settings.port, "request_timeout_s": None}
         serve.start(http_options=http, logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False))
         listen("start Ray", 1, 1)
-        names = list(self.settings.variants)
-        for done, name in enumerate(names):
-            listen("start variants", done, len(names))
-            self.roll_out(name, resolve(self.settings.variants[name].model, self.settings.tracking_uri))
-        listen("start variants", len(names), len(names))
+        for done, (name, place) in enumerate(places.items()):
+            listen("start variants", done, len(places))
+            self._serve(name, place)
         self._tell_gateway()
+        listen("start variants", len(places), len(places))
 
-    def roll_out(self, name: str, place: str) -> bool:
-        """Serves variant `name` from `place`; False if that is what it does already."""
-        variant = self.settings.variants[name]
-        app = f"{name}-{find_version(place, variant.dtype)}"
-        if self.apps.get(name) == app:
-            return False
-        serve.run(_make_variant(place, variant, self.settings), name=app, route_prefix=None)
-        if name in self.apps:
-            self.previous[name] = self.apps[name], self.places[name]
-        self.apps[name], self.places[name] = app, place
-        return True
+    def reconcile(self, settings: ServeSettings | None = None) -> list[str]:
+        """Rolls out what has changed: settings, aliases of the registry, folders. Returns what was done, in words.
 
-    def _tell_gateway(self) -> None:
-        keys = KeyRing.load(self.settings.keys) if self.settings.keys else KeyRing([])
-        app = make_app(keys, max_body_bytes=self.settings.limits.max_body_bytes)
-        deployment = cast(serve.Deployment, serve.deployment(serve.ingress(app)(Gateway))).options(
-            name=GATEWAY, num_replicas=self.settings.gateways, max_ongoing_requests=4096,
-            ray_actor_options={"num_cpus": 0}, user_config=self._describe(), graceful_shutdown_timeout_s=DRAIN_S,
-        )  # fmt: skip
-        serve.run(deployment.bind(self.settings.limits.model_dump()), name=GATEWAY, route_prefix="/")
-
-    def _describe(self) -> dict[str, Any]:
-        variants = {
-            name: {
-                "app": app,
-                **self.settings.variants[name].model_dump(include={"perplexity", "num_parameters"}),
-                "source": self.places[name],
-            }
-            for name, app in self.apps.items()
-        }
-        return {"variants": variants, "routes": self.settings.routes}
+        A version that does not start, or a registry that does not answer, leaves what is served as it is.
+        """
+        self.settings = settings or self.settings
+        done = []
+        for name, variant in self.settings.variants.items():
+            try:
+                place = resolve(variant.model, self.settings.tracking_uri)
+                if self._serve(name, place):
+                    done.append(f"{name} is now {place}")
+            except (ValueError, RuntimeError, OSError) as error:
+                message = f"{name} stays as it is: {(str(error).splitlines() or ['?'])[0]}"
+                if message not in self._broken:
+                    done.append(message)
+                self._broken.add(message)
+        for name in set(self.served) - set(self.settings.variants):
+            del self.served[name]
+            done.append(f"{name} is not served any more")
+        self._tell_gateway()
+        self._retire()
+        return done
 
     def stop(self) -> None:
         """Lets running requests finish, then ends Serve."""
         serve.shutdown()
 
+    def _serve(self, name: str, place: str) -> bool:
+        """Makes sure that variant `name` is served from `place`; False if it was already."""
+        variant = self.settings.variants[name]
+        version = find_version(place, variant.model_dump(), self.settings.limits.model_dump())
+        served = Served(f"{name}-{version}", place)
+        if self.served.get(name) == served or served.app in self._broken:
+            return False
+        if served.app not in self._idle_since:
+            try:
+                serve.run(_make_variant(place, variant, self.settings), name=served.app, route_prefix=None)
+            except RuntimeError as error:
+                self._broken.add(served.app)
+                problem = _find_problem(served.app) or str(error)
+                serve.delete(served.app)
+                raise ValueError(f"variant {name!r} does not start from {place!r}: {problem}") from error
+        self.served[name] = served
+        return True
+
+    def _retire(self) -> None:
+        """Ends applications that no variant has used for `rollback_s`; their requests finish first."""
+        in_use, now = {served.app for served in self.served.values()}, time.monotonic()
+        for app in set(serve.status().applications) - in_use - {GATEWAY}:
+            if now - self._idle_since.setdefault(app, now) > self.settings.rollback_s:
+                serve.delete(app, _blocking=False)
+                del self._idle_since[app]
+        for app in in_use & set(self._idle_since):
+            del self._idle_since[app]
+
+    def _tell_gateway(self) -> None:
+        """Deploys the gateway, or tells it what changed: with an equal version Serve only calls `reconfigure`."""
+        variants = {
+            name: {
+                "app": served.app,
+                "source": served.place,
+                **self.settings.variants[name].model_dump(include={"perplexity", "num_parameters"}),
+            }
+            for name, served in self.served.items()
+        }
+        config = {"variants": variants, "routes": self.settings.routes}
+        if config == self._told:
+            return
+        keys = KeyRing.load(self.settings.keys) if self.settings.keys else KeyRing([])
+        limits = self.settings.limits
+        app = make_app(keys, max_body_bytes=limits.max_body_bytes)
+        fixed = [CODE_VERSION, limits.model_dump(), [key.model_dump() for key in keys.keys]]
+        deployment = cast(serve.Deployment, serve.deployment(serve.ingress(app)(Gateway))).options(
+            name=GATEWAY, version=fingerprint(fixed), num_replicas=self.settings.gateways, max_ongoing_requests=4096,
+            ray_actor_options={"num_cpus": 0}, user_config=config, graceful_shutdown_timeout_s=DRAIN_S,
+        )  # fmt: skip
+        serve.run(deployment.bind(limits.model_dump()), name=GATEWAY, route_prefix="/")
+        self._told = config
+
 
 def resolve(model: str, tracking_uri: str | None) -> str:
     """Where a model's weights are. Raises ValueError for a registry name that leads nowhere."""
-    if not model.startswith(REGISTRY):
-        return model
-    from shoal_services.registry import find_registered
-
-    return find_registered(model, tracking_uri)
+    return find_registered(model, tracking_uri) if model.startswith(REGISTRY) else model
 
 
 def _make_variant(place: str, variant: VariantSettings, settings: ServeSettings) -> serve.Application:
@@ -116,8 +173,17 @@ def _make_variant(place: str, variant: VariantSettings, settings: ServeSettings)
         max_ongoing_requests=2 * limits.max_batch_size,
         max_queued_requests=limits.max_queued,
         ray_actor_options={"num_cpus": variant.cpus_per_replica, "num_gpus": variant.gpus_per_replica},
+        max_constructor_retry_count=2,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=DRAIN_S,
         **scaling,
     )
     return deployment.bind(place, variant.dtype, limits.model_dump())
+
+
+def _find_problem(app: str) -> str | None:
+    """The last line of what Serve says about a deployment that failed: the error that the replica raised."""
+    status = serve.status().applications.get(app)
+    messages = [deployment.message for deployment in status.deployments.values()] if status else []
+    lines = [line.strip() for message in messages for line in message.splitlines() if "Error" in line]
+    return lines[-1] if lines else None

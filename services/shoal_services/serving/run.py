@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 
 from shoal_services.serving.deploy import Endpoint
 from shoal_services.serving.settings import ServeSettings
 from shoal_services.terminal import console, output, show_progress
 
 
-def run_endpoint(settings: ServeSettings) -> None:
-    """Serves until interrupted. Raises ValueError or OSError for what cannot be served, before anything is up."""
-    endpoint = Endpoint(settings)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what supervisors send
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def run_endpoint(read_settings: Callable[[], ServeSettings]) -> None:
+    """Serves until interrupted; looks at its settings, the registry and the models' folders again and again.
+
+    Raises ValueError or OSError for what cannot be served, before anything is up.
+    """
+    endpoint = Endpoint(read_settings())
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts us in the background ignores the first for us
+        signal.signal(number, signal.default_int_handler)
     try:
         with show_progress() as listen:
             endpoint.start(listen)
-        output.print(f"[bold]{endpoint.url}/v1[/bold]  OpenAI's interfaces; models: {', '.join(settings.variants)}")
+        names = [*endpoint.settings.variants, *endpoint.settings.routes]
+        output.print(f"[bold]{endpoint.url}/v1[/bold]  OpenAI's interfaces; models: {', '.join(names)}", soft_wrap=True)
         output.print(f"[bold]{endpoint.url}/[/bold]    playground")
         while True:
-            time.sleep(settings.watch_every_s)
+            time.sleep(endpoint.settings.watch_every_s)
+            _watch(endpoint, read_settings)
     except KeyboardInterrupt:
         console.print("stopping: running requests finish first")
     finally:
         endpoint.stop()
+
+
+def _watch(endpoint: Endpoint, read_settings: Callable[[], ServeSettings]) -> None:
+    try:
+        settings = read_settings()
+    except ValueError as error:
+        console.print(f"the settings stay as they were: {error}")
+        settings = endpoint.settings
+    for line in endpoint.reconcile(settings):
+        console.print(line)

@@ -60,7 +60,8 @@ class ServeSettings(Value):
     limits: Limits = Limits()
     address: str | None = None
     tracking_uri: str | None = None
-    watch_every_s: float = Field(default=10.0, gt=0)
+    watch_every_s: float = Field(default=10.0, gt=0, description="how often aliases, folders and this file are looked at")
+    rollback_s: float = Field(default=600.0, ge=0, description="how long a replaced version stays ready")
 
     @model_validator(mode="after")
     def _routes_lead_somewhere(self) -> Self:

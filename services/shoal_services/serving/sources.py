@@ -9,9 +9,8 @@ from shoal.models import ALIASES, describe_source
 from shoal.recipe import Point, fingerprint
 
 from shoal_services.complaints import read_strict
+from shoal_services.registry import REGISTRY
 from shoal_services.serving.settings import ServeSettings, VariantSettings
-
-REGISTRY = "models:/"
 
 
 def read_sources(sources: list[str]) -> ServeSettings:
@@ -40,13 +39,12 @@ def describe_variant(model: str) -> VariantSettings:
     return VariantSettings(model=model, perplexity=point.perplexity, num_parameters=point.num_parameters)
 
 
-def find_version(place: str, dtype: str | None) -> str:
-    """A short hash that changes with the weights: of the folder's configuration, numbers and file sizes."""
+def find_version(place: str, *settings: object) -> str:
+    """A short hash that changes with the settings, and with the files if the place is a folder."""
     folder = Path(describe_source(place))
-    if not folder.is_dir():
-        return fingerprint([place, dtype])
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file())
-    return fingerprint([str(folder), dtype, files])
+    files = sorted(folder.iterdir()) if folder.is_dir() and place not in ALIASES else []
+    sizes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+    return fingerprint([str(folder), *settings, sizes])
 
 
 def _is_search(source: str) -> bool:

@@ -1,0 +1,334 @@
+"""Generation in batches is generation alone: for every family, whatever runs beside it, joins it or leaves it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import pytest
+import torch
+from conftest import make_ids, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shoal.models import load_model, load_tokenizer
+from shoal.replace import AffineMap, Replacement, apply_replacement
+from shoal_services.serving.decoder import BatchedDecoder
+from shoal_services.serving.engine import Engine
+from shoal_services.serving.generation import Delta, Generation, Sampling
+from shoal_services.serving.sampling import Sampler
+from shoal_services.serving.text_stream import TextStream
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def continue_alone(model: PreTrainedModel, prompt: list[int], num_new: int) -> list[int]:
+    """Greedy tokens after a prompt, from whole forward passes without any cache."""
+    ids = list(prompt)
+    for _ in range(num_new):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    return [make_ids(1, length, seed=length)[0].tolist() for length in lengths]
+
+
+class Rows:
+    """Requests in a decoder's rows, and the greedy tokens that each got."""
+
+    def __init__(self, decoder: BatchedDecoder):
+        self.decoder = decoder
+        self.rows: list[int] = []
+        self.tokens: dict[int, list[int]] = {}
+
+    def join(self, name: int, prompt: list[int]) -> None:
+        self.tokens[name] = [int(self.decoder.prefill(prompt)[-1].argmax())]
+        self.rows.append(name)
+
+    def step(self) -> None:
+        if self.rows:
+            picked = self.decoder.step([self.tokens[name][-1] for name in self.rows]).argmax(-1).tolist()
+            for name, token in zip(self.rows, picked, strict=True):
+                self.tokens[name].append(token)
+
+    def leave(self, row: int) -> None:
+        last = self.decoder.release(row)
+        self.rows[row] = self.rows[last]
+        self.rows.pop()
+
+
+def test_batched_tokens_are_those_of_each_request_alone(model: PreTrainedModel):
+    prompts = prompts_of(5, 17, 30, 9)
+    alone = [continue_alone(model, prompt, 12) for prompt in prompts]
+    rows = Rows(BatchedDecoder(model, max_batch_size=4, prefill_chunk=8))
+    rows.join(0, prompts[0])
+    rows.join(1, prompts[1])
+    for _ in range(4):
+        rows.step()
+    rows.join(2, prompts[2])
+    rows.leave(0)
+    rows.join(3, prompts[3])
+    for _ in range(7):
+        rows.step()
+    for name, tokens in rows.tokens.items():
+        assert tokens == alone[name][: len(tokens)]
+        assert len(tokens) == {0: 5, 1: 12, 2: 8, 3: 8}[name]
+
+
+def test_replaced_blocks_take_no_part_in_the_cache(llama: PreTrainedModel):
+    torch.manual_seed(0)
+    affine = AffineMap(torch.eye(32) + 0.05 * torch.randn(32, 32), torch.randn(32) * 0.1)
+    apply_replacement(llama, Replacement(blocks=(1, 2), maps={1: affine}))
+    alone = continue_alone(llama, prompts_of(11)[0], 8)
+    decoder = BatchedDecoder(llama, max_batch_size=2)
+    rows = Rows(decoder)
+    rows.join(0, prompts_of(11)[0])
+    for _ in range(7):
+        rows.step()
+    assert rows.tokens[0] == alone
+    assert len(decoder.slots.layers) == 3
+
+
+@settings(max_examples=25)
+@given(st.lists(st.sampled_from(["join", "step", "step", "leave first", "leave last"]), min_size=1, max_size=25))
+def test_no_order_of_joining_and_leaving_changes_a_token(moves: list[str]):
+    rows, prompts = Rows(DECODER), prompts_of(*range(3, 30))
+    DECODER.size = 0
+    for move in moves:
+        if move == "join" and len(rows.rows) < DECODER.max_batch_size:
+            rows.join(len(rows.tokens), prompts[len(rows.tokens)])
+        elif move == "step":
+            rows.step()
+        elif move.startswith("leave") and rows.rows:
+            rows.leave(0 if move.endswith("first") else len(rows.rows) - 1)
+    for name, tokens in rows.tokens.items():
+        assert tokens == ALONE[name][: len(tokens)]
+
+
+LLAMA = make_model("llama")
+DECODER = BatchedDecoder(LLAMA, max_batch_size=4)
+ALONE = [continue_alone(LLAMA, prompt, 26) for prompt in prompts_of(*range(3, 30))]
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bfloat16 products are emulated here")
+def test_bfloat16_logits_are_the_same_bit_by_bit_whatever_runs_beside():
+    model = make_model("llama").bfloat16()
+    decoder = BatchedDecoder(model, max_batch_size=8)
+    prompts = prompts_of(4, 25, 13)
+
+    def run(names: list[int]) -> dict[int, list[torch.Tensor]]:
+        decoder.size = 0
+        logits = {name: [decoder.prefill(prompts[name])[-1]] for name in names}
+        for _ in range(6):
+            stepped = decoder.step([int(logits[name][-1].argmax()) for name in names])
+            for name, row in zip(names, stepped, strict=True):
+                logits[name].append(row)
+        return logits
+
+    together = run([0, 1, 2])
+    for name in range(3):
+        for one, other in zip(run([name])[name], together[name], strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_model_that_cannot_be_batched_is_refused(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(llama.model.rotary_emb, "forward", _rotate_by_batch)
+    with pytest.raises(ValueError, match="cannot be served in batches"):
+        BatchedDecoder(llama, max_batch_size=2)
+
+
+def _rotate_by_batch(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    angle = torch.full((*position_ids.shape, 8), 0.3 * len(position_ids) * position_ids.shape[1])
+    return angle.cos(), angle.sin()
+
+
+# Sampling
+
+
+def draw(logits: torch.Tensor, count: int = 400, **rules) -> Counter[int]:
+    sampler = Sampler(Sampling(**{"seed": 0, **rules}))
+    return Counter(sampler.pick(logits).id for _ in range(count))
+
+
+def test_temperature_zero_takes_the_likeliest():
+    assert draw(torch.tensor([0.0, 2.0, 1.0]), temperature=0.0) == {1: 400}
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log()
+    found = draw(logits, 4000)
+    for token, probability in enumerate((0.5, 0.3, 0.2)):
+        # Five standard errors of a frequency over 4,000 draws.
+        assert abs(found[token] / 4000 - probability) < 5 * math.sqrt(probability * (1 - probability) / 4000)
+
+
+def test_top_k_and_top_p_cut_the_tail():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert set(draw(logits, top_k=2)) == {0, 1}
+    assert set(draw(logits, top_p=0.65)) == {0, 1}
+    assert set(draw(logits, top_p=0.01)) == {0}
+    # Of the two likeliest, the first holds 4/7.
+    assert set(draw(logits, top_k=2, top_p=0.5)) == {0}
+
+
+def test_a_nucleus_larger_than_the_first_look_is_found():
+    assert len(draw(torch.zeros(2000), 4000, top_p=0.9)) > 1000
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_equal_seeds_draw_equal_tokens(seed: int):
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    assert draw(logits, 5, seed=seed) == draw(logits, 5, seed=seed)
+
+
+def test_penalties_push_repeated_tokens_down():
+    logits = torch.tensor([1.0, 0.5])
+    sampler = Sampler(Sampling(temperature=0.0, frequency_penalty=0.4))
+    assert [sampler.pick(logits).id for _ in range(4)] == [0, 0, 1, 0]
+
+
+def test_log_probabilities_are_the_models_own():
+    logits = torch.tensor([2.0, 1.0, 0.0])
+    token = Sampler(Sampling(temperature=0.0, num_logprobs=2)).pick(logits)
+    expected = logits.log_softmax(-1)
+    assert token.logprob == pytest.approx(float(expected[0]))
+    assert [(top.id, top.logprob) for top in token.top] == [(i, pytest.approx(float(expected[i]))) for i in (0, 1)]
+
+
+# Text
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tiny_random: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(tiny_random)
+
+
+def stream_text(tokenizer: PreTrainedTokenizerBase, text: str, stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
+    stream = TextStream(tokenizer, stop)
+    pieces = []
+    for token in tokenizer(text)["input_ids"]:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            return pieces, True
+    return [*pieces, stream.flush()], False
+
+
+@given(st.text(max_size=30))
+def test_pieces_make_up_the_text(byte_tokenizer: PreTrainedTokenizerBase, text: str):
+    pieces, stopped = stream_text(byte_tokenizer, text)
+    assert ("".join(pieces), stopped) == (text, False)
+
+
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_text_ends_before_the_first_stop_string_and_shows_nothing_of_it(
+    byte_tokenizer: PreTrainedTokenizerBase, text: str, stop: list[str]
+):
+    pieces, stopped = stream_text(byte_tokenizer, text, tuple(stop))
+    ends = [at + len(word) for word in stop if (at := text.find(word)) >= 0]
+    seen = text[: min(ends)] if ends else text
+    # The stop string that is complete first ends the text; of several, the one that begins first.
+    starts = [at for word in stop if (at := seen.find(word)) >= 0]
+    assert ("".join(pieces), stopped) == (seen[: min(starts)] if starts else text, bool(starts))
+
+
+# Engine
+
+
+@pytest.fixture
+def engine(tiny_random: str):
+    made = Engine(
+        lambda: BatchedDecoder(load_model(tiny_random, dtype="float32"), max_batch_size=4), BYTES(), max_context=256
+    )
+    yield made
+    made.close()
+
+
+async def collect(stream: AsyncIterator[Delta]) -> Delta:
+    whole = Delta()
+    async for delta in stream:
+        whole += delta
+    return whole
+
+
+def ask(text: str, num_new: int = 8, *, ignore_eos: bool = True) -> Generation:
+    """A greedy request; the byte tokenizer's ids are bytes, in an order of their own."""
+    return Generation(tuple(text.encode()), num_new, Sampling(temperature=0.0), ignore_eos=ignore_eos)
+
+
+def test_greedy_output_is_that_of_generate(engine: Engine, tiny_random: str):
+    model = load_model(tiny_random, dtype="float32")
+    for text in ("The sea", "a", "Once upon a time there was"):
+        ids = BYTES()(text, return_tensors="pt")
+        expected = model.generate(**ids, max_new_tokens=20, do_sample=False, eos_token_id=None)[
+            0, ids["input_ids"].shape[1] :
+        ]
+        found = asyncio.run(collect(engine.generate(ask(text, 20))))
+        assert [token.id for token in found.tokens] == expected.tolist()
+
+
+def test_more_requests_than_rows_all_get_their_own_answer(engine: Engine):
+    texts = [f"request {i} " * (i % 5 + 1) for i in range(11)]
+
+    async def all_at_once() -> list[Delta]:
+        return list(await asyncio.gather(*(collect(engine.generate(ask(text, 3 + len(text) % 9))) for text in texts)))
+
+    alone = [asyncio.run(collect(engine.generate(ask(text, 3 + len(text) % 9)))) for text in texts]
+    assert asyncio.run(all_at_once()) == alone
+    assert engine.statistics.requests == 22
+
+
+def test_one_who_leaves_early_frees_the_row(engine: Engine):
+    async def leave_early() -> None:
+        streams = [engine.generate(ask(f"{i}", 200)) for i in range(4)]
+        for stream in streams:
+            await anext(stream)
+        for stream in streams:
+            await stream.aclose()  # type: ignore[attr-defined]
+        answer = await asyncio.wait_for(collect(engine.generate(ask("last", 2))), 20)
+        assert answer.finish_reason == "length"
+
+    asyncio.run(leave_early())
+    assert engine.statistics.generated_tokens < 4 * 200
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(engine: Engine):
+    with pytest.raises(ValueError, match=r"context is 256 tokens; 3 in the prompt and 300 to generate are 303"):
+        asyncio.run(collect(engine.generate(ask("abc", 300))))
+    with pytest.raises(ValueError, match="no tokens"):
+        asyncio.run(collect(engine.generate(ask(""))))
+
+
+def test_the_end_token_ends_the_text(engine: Engine):
+    free = asyncio.run(collect(engine.generate(ask("abc", 5))))
+    engine.end_tokens = frozenset({free.tokens[2].id})
+    ended = asyncio.run(collect(engine.generate(ask("abc", 5, ignore_eos=False))))
+    assert (ended.finish_reason, ended.tokens) == (
+        "stop",
+        free.tokens[: [t.id for t in free.tokens].index(free.tokens[2].id) + 1],
+    )
+
+
+def test_echo_scores_the_prompt(engine: Engine, tiny_random: str):
+    ids = tuple(engine.tokenizer("abcd")["input_ids"])
+    request = Generation(ids, 0, Sampling(num_logprobs=1), echo=True)
+    answer = asyncio.run(collect(engine.generate(request)))
+    model = load_model(tiny_random, dtype="float32")
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([request.prompt_ids])).logits.log_softmax(-1)[0]
+    assert (answer.text, answer.finish_reason, answer.tokens) == ("abcd", "length", ())
+    assert answer.prompt_tokens[0].logprob is None
+    for position, token in enumerate(answer.prompt_tokens[1:]):
+        assert token.logprob == pytest.approx(float(expected[position, token.id]), abs=1e-4)
+        assert token.top[0].logprob == pytest.approx(float(expected[position].max()), abs=1e-4)
+
+
+def test_an_engine_that_fails_says_so_to_all(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    def fail(_tokens: list[int]) -> torch.Tensor:
+        raise MemoryError("no memory left")
+
+    monkeypatch.setattr(engine.decoder, "step", fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no memory left"):
+            asyncio.run(collect(engine.generate(ask("abc", 5))))
