@@ -237,10 +237,11 @@ def test_text_ends_before_the_first_stop_string_and_shows_nothing_of_it(
 
 
 @pytest.fixture
-def engine(tiny_random: str):
-    made = Engine(
-        lambda: BatchedDecoder(load_model(tiny_random, dtype="float32"), max_batch_size=4), BYTES(), max_context=256
-    )
+def engine(tiny_random: str, byte_tokenizer: PreTrainedTokenizerBase) -> Iterator[Engine]:
+    def make_decoder() -> BatchedDecoder:
+        return BatchedDecoder(load_model(tiny_random, dtype="float32"), max_batch_size=4)
+
+    made = Engine(make_decoder, byte_tokenizer, max_context=256)
     yield made
     made.close()
 
@@ -260,10 +261,8 @@ def ask(text: str, num_new: int = 8, *, ignore_eos: bool = True) -> Generation:
 def test_greedy_output_is_that_of_generate(engine: Engine, tiny_random: str):
     model = load_model(tiny_random, dtype="float32")
     for text in ("The sea", "a", "Once upon a time there was"):
-        ids = BYTES()(text, return_tensors="pt")
-        expected = model.generate(**ids, max_new_tokens=20, do_sample=False, eos_token_id=None)[
-            0, ids["input_ids"].shape[1] :
-        ]
+        ids = torch.tensor([ask(text).prompt_ids])
+        expected = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
         found = asyncio.run(collect(engine.generate(ask(text, 20))))
         assert [token.id for token in found.tokens] == expected.tolist()
 
