@@ -145,7 +145,8 @@ class Endpoint:
         app = make_app(keys, max_body_bytes=limits.max_body_bytes)
         fixed = [CODE_VERSION, limits.model_dump(), [key.model_dump() for key in keys.keys]]
         deployment = cast(serve.Deployment, serve.deployment(serve.ingress(app)(Gateway))).options(
-            name=GATEWAY, version=fingerprint(fixed), num_replicas=self.settings.gateways, max_ongoing_requests=4096,
+            # Without a version of ours, Serve makes one up and starts new replicas at every call.
+            _internal=True, version=fingerprint(fixed), name=GATEWAY, num_replicas=self.settings.gateways, max_ongoing_requests=4096,
             ray_actor_options={"num_cpus": 0}, user_config=config, graceful_shutdown_timeout_s=DRAIN_S,
         )  # fmt: skip
         serve.run(deployment.bind(limits.model_dump()), name=GATEWAY, route_prefix="/")

@@ -1,0 +1,337 @@
+"""The endpoint over real HTTP: OpenAI's own client, whatever a stranger may send, and changes under load."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2 as httpx
+import openai
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from shoal.models import load_model, load_tokenizer
+from shoal.recipe import Recipe
+from shoal.store import save
+from shoal_services.serving.deploy import Endpoint
+from shoal_services.serving.guard import Key, KeyRing, add_key
+from shoal_services.serving.load import Load, run_load
+from shoal_services.serving.routes import Router, UnknownModel
+from shoal_services.serving.settings import Limits, ServeSettings, VariantSettings
+
+LIMITS = Limits(max_batch_size=4, max_queued=8, max_context=256, max_tokens=16, max_body_bytes=65536)
+COMPLETIONS = "/v1/completions"
+SMALL = {"model": "dense", "prompt": "The sea", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_random: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two folders that hold the same tiny model."""
+    root = tmp_path_factory.mktemp("models")
+    model, tokenizer = load_model(tiny_random, dtype="float32"), load_tokenizer(tiny_random)
+    for name in ("first", "second"):
+        save(model, tokenizer, root / name, recipe=Recipe(base_model=tiny_random, num_replaced=0))
+    return [str(root / name) for name in ("first", "second")]
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_cluster: None, folders: list[str]) -> Iterator[Endpoint]:
+    made = Endpoint(
+        ServeSettings(
+            port=free_port(),
+            variants={
+                "dense": VariantSettings(model=folders[0], dtype="float32", perplexity=20.0, num_parameters=1000),
+                "balanced": VariantSettings(model=folders[1], dtype="float32"),
+            },
+            routes={"tiny": {"dense": 90, "balanced": 10}},
+            limits=LIMITS,
+        )
+    )
+    made.start(lambda *_: None)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def http(endpoint: Endpoint) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=endpoint.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def client(endpoint: Endpoint) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0)
+
+
+# OpenAI's client
+
+
+def test_models_and_routes_are_listed(client: openai.OpenAI):
+    found = {model.id: model for model in client.models.list()}
+    assert set(found) == {"dense", "balanced", "tiny"}
+    assert found["dense"].perplexity == 20.0  # type: ignore[attr-defined]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="did you mean 'dense'"):
+        client.models.retrieve("densee")
+
+
+def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI):
+    arguments = {"model": "dense", "prompt": "Once", "max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    whole = client.completions.create(**arguments)
+    chunks = list(client.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+    assert chunks[-1].usage == whole.usage
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (4, 12)
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_prompts_choices_and_seeds(client: openai.OpenAI):
+    arguments = {"model": "dense", "prompt": ["one", "two"], "n": 2, "max_tokens": 8, "seed": 7}
+    first, again = (client.completions.create(**arguments) for _ in range(2))
+    assert [choice.index for choice in first.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in first.choices] == [choice.text for choice in again.choices]
+    assert first.choices[0].text != first.choices[1].text, "each choice has a seed of its own"
+    alone = client.completions.create(model="dense", prompt="two", max_tokens=8, seed=8)
+    assert alone.choices[0].text == first.choices[3].text
+
+
+def test_token_ids_are_a_prompt_too(client: openai.OpenAI, http: httpx.Client):
+    ids = http.post("/tokenize", json={"model": "dense", "prompt": "Hello"}).json()
+    assert (ids["count"], ids["max_model_len"]) == (5, 256)
+    by_text, by_ids = (
+        client.completions.create(model="dense", prompt=prompt, max_tokens=6, temperature=0)
+        for prompt in ("Hello", ids["tokens"])
+    )
+    assert by_text.choices[0].text == by_ids.choices[0].text
+
+
+def test_log_probabilities_come_with_the_tokens(client: openai.OpenAI):
+    answer = client.completions.create(model="dense", prompt="ab", max_tokens=3, temperature=0, logprobs=2, echo=True)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs.tokens[:2] == ["a", "b"]
+    assert logprobs.token_logprobs[0] is None
+    assert all(value < 0 for value in logprobs.token_logprobs[1:])
+    assert all(len(top) == 2 for top in logprobs.top_logprobs[1:])
+    assert logprobs.text_offset[:3] == [0, 1, 2]
+
+
+def test_a_stop_string_ends_the_text(client: openai.OpenAI):
+    arguments = {"model": "dense", "prompt": "ab", "max_tokens": 16, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    text = client.completions.create(**arguments).choices[0].text
+    cut = next(character for character in text if text.index(character) > 0)
+    stopped = client.completions.create(**arguments, stop=[cut]).choices[0]
+    assert (stopped.text, stopped.finish_reason) == (text[: text.index(cut)], "stop")
+
+
+def test_a_model_without_chat_template_refuses_chats(client: openai.OpenAI):
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        client.chat.completions.create(model="dense", messages=[{"role": "user", "content": "Hello"}])
+
+
+# What a stranger may send
+
+
+def without(name: str) -> dict:
+    return {key: value for key, value in SMALL.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        (b"{", 400, "JSON"),
+        (b"\xff\xfe", 400, ""),
+        (b"[]", 400, ""),
+        (b"null", 400, ""),
+        (without("model"), 400, "model"),
+        (without("prompt"), 400, "prompt"),
+        (SMALL | {"model": "dens"}, 404, "did you mean 'dense'"),
+        (SMALL | {"max_tokens": "4"}, 400, "max_tokens"),
+        (SMALL | {"max_tokens": -1}, 400, "max_tokens"),
+        (SMALL | {"max_tokens": 4.5}, 400, "max_tokens"),
+        (SMALL | {"max_tokens": 1000}, 400, "context is 256 tokens"),
+        (SMALL | {"prompt": "x" * 2000}, 400, "context is 256 tokens"),
+        (SMALL | {"prompt": "x" * 100_000}, 413, "65536 bytes"),
+        (SMALL | {"prompt": ""}, 400, "no tokens"),
+        (SMALL | {"prompt": []}, 400, "prompt"),
+        (SMALL | {"prompt": [999_999]}, 400, "outside the vocabulary"),
+        (SMALL | {"prompt": ["x"] * 33}, 400, "prompt"),
+        (SMALL | {"temperature": 3}, 400, "temperature"),
+        (SMALL | {"top_p": 0}, 400, "top_p"),
+        (SMALL | {"n": 1000}, 400, "n"),
+        (SMALL | {"seed": 2**70}, 400, "seed"),
+        (SMALL | {"stop": ["a"] * 5}, 400, "stop"),
+        (SMALL | {"stop": ""}, 400, "stop"),
+        (SMALL | {"stream_options": {"include_usage": True}}, 400, "stream_options"),
+        (SMALL | {"logit_bias": {"1": 1}}, 400, "unsupported parameter 'logit_bias'"),
+        (SMALL | {"best_of": 3}, 400, "best_of"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_words(http: httpx.Client, body: dict | bytes, status: int, says: str):
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = http.post(COMPLETIONS, content=raw, headers={"content-type": "application/json"})
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert says in error["message"]
+    assert error["type"] and "Traceback" not in response.text
+    streamed = http.post(COMPLETIONS, content=raw.replace(b'"max_tokens"', b'"stream": true, "max_tokens"'))
+    assert streamed.status_code == status or status == 400
+    assert http.post(COMPLETIONS, json=SMALL).status_code == 200
+
+
+def test_unknown_paths_and_methods_have_the_shape_too(http: httpx.Client):
+    assert http.get("/v1/nothing").json()["error"]["message"]
+    assert http.get(COMPLETIONS).status_code == 405
+    assert http.get("/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
+def test_nothing_that_the_schema_allows_or_forbids_breaks_it(endpoint: Endpoint, mode: schemathesis.GenerationMode):
+    schema = schemathesis.openapi.from_url(f"{endpoint.url}/openapi.json")
+    for found in schema.get_all_operations():
+        operation = found.ok()
+
+        @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def check(case: schemathesis.Case) -> None:
+            assert case.call(timeout=60).status_code < 500
+
+        if mode is schemathesis.GenerationMode.POSITIVE or operation.body or operation.path_parameters:
+            check()
+
+
+# Routes
+
+
+def test_a_route_keeps_its_weights_and_its_users():
+    router = Router({"dense": {}, "balanced": {}}, {"tiny": {"dense": 90, "balanced": 10}})
+    found = Counter(router.choose("tiny", f"user {i}") for i in range(2000))
+    assert 130 < found["balanced"] < 270  # 200 ± 5 standard errors
+    assert all(router.choose("tiny", f"user {i}") == router.choose("tiny", f"user {i}") for i in range(50))
+    assert set(Counter(router.choose("tiny", None) for _ in range(300))) == {"dense", "balanced"}
+    with pytest.raises(UnknownModel, match="there are dense, balanced, tiny"):
+        router.choose("gpt-4", None)
+
+
+def test_the_answer_names_the_variant_that_a_route_chose(client: openai.OpenAI):
+    models = {client.completions.create(**(ROUTED | {"user": f"{i}"})).model for i in range(30)}
+    assert models == {"dense", "balanced"}
+    assert len({client.completions.create(**(ROUTED | {"user": "one"})).model for _ in range(5)}) == 1
+
+
+ROUTED = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+
+
+# Under load
+
+
+def send(endpoint: Endpoint, model: str, num_requests: int, **more) -> list[int]:
+    """The status of each of many requests at once; 0 for an answer that broke off."""
+    load = Load(f"{endpoint.url}/v1", model, ["The sea", "A ship"], num_requests, **{"num_new": 8, **more})
+    return [
+        answer.status if answer.finished or answer.status != 200 else 0 for answer in asyncio.run(run_load(load)).answers
+    ]
+
+
+def test_a_full_queue_says_429_and_when_to_come_back(endpoint: Endpoint, http: httpx.Client):
+    found = Counter(send(endpoint, "dense", 60, num_new=100))
+    assert set(found) == {200, 429}
+    assert found[200] >= 2 * LIMITS.max_batch_size, "those that were let in are answered"
+    with ThreadPoolExecutor(40) as pool:
+        responses = list(pool.map(lambda _: http.post(COMPLETIONS, json=SMALL | {"max_tokens": 200}), range(40)))
+    refused = [response for response in responses if response.status_code == 429]
+    assert refused and all(int(response.headers["retry-after"]) >= 1 for response in refused)
+    assert send(endpoint, "dense", 4) == [200] * 4
+
+
+def test_clients_that_go_away_harm_nobody(endpoint: Endpoint, http: httpx.Client):
+    for _ in range(12):
+        with http.stream("POST", COMPLETIONS, json=SMALL | {"max_tokens": 200, "stream": True}) as response:
+            next(response.iter_lines())
+    started = time.monotonic()
+    assert send(endpoint, "dense", 4, concurrency=4) == [200] * 4
+    assert time.monotonic() - started < 20
+
+
+def test_another_version_is_rolled_out_and_back_without_a_failed_request(endpoint: Endpoint, folders: list[str]):
+    changed = endpoint.settings.variants["balanced"].model_copy(update={"model": folders[0]})
+    before = endpoint.settings
+    after = before.model_copy(update={"variants": before.variants | {"balanced": changed}})
+    with ThreadPoolExecutor(1) as pool:
+        statuses = pool.submit(send, endpoint, "balanced", 120, rate_per_s=6.0)
+        time.sleep(2)
+        assert endpoint.reconcile(after) == [f"balanced is now {folders[0]}"]
+        started = time.monotonic()
+        assert endpoint.reconcile(before) == [f"balanced is now {folders[1]}"]
+        assert time.monotonic() - started < 5, "the version before is still there"
+        assert Counter(statuses.result()) == {200: 120}
+
+
+def test_a_version_that_does_not_start_leaves_the_old_one(endpoint: Endpoint, tmp_path: Path):
+    broken = endpoint.settings.variants["balanced"].model_copy(update={"model": str(tmp_path)})
+    before = endpoint.settings
+    after = before.model_copy(update={"variants": before.variants | {"balanced": broken}})
+    (said,) = endpoint.reconcile(after)
+    assert "balanced stays as it is" in said and str(tmp_path) in said
+    assert send(endpoint, "balanced", 2) == [200] * 2
+    assert endpoint.reconcile(after) == [], "said once"
+    endpoint.reconcile(before)
+
+
+# Keys
+
+
+def test_with_keys_strangers_stay_out(endpoint: Endpoint, tmp_path: Path):
+    file = tmp_path / "keys.json"
+    secret, slow = add_key(file, "ours", None), add_key(file, "slow", 6)
+    assert secret not in file.read_text() and file.stat().st_mode & 0o077 == 0
+    before = endpoint.settings
+    endpoint.reconcile(before.model_copy(update={"keys": file}))
+    try:
+        url = f"{endpoint.url}/v1"
+        with pytest.raises(openai.AuthenticationError, match="valid API key"):
+            openai.OpenAI(base_url=url, api_key="sk-wrong", max_retries=0).models.list()
+        assert httpx.get(f"{endpoint.url}/health").status_code == 200
+        assert len(openai.OpenAI(base_url=url, api_key=secret).models.list().data) == 3
+        limited = openai.OpenAI(base_url=url, api_key=slow, max_retries=0)
+        limited.models.list()
+        with pytest.raises(openai.RateLimitError, match="6 requests a minute") as caught:
+            limited.models.list()
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+    finally:
+        endpoint.reconcile(before)
+
+
+def test_a_rate_is_kept_over_time():
+    ring, key = KeyRing([]), Key(name="k", sha256="0" * 64, requests_per_minute=60)
+    waits = [ring.take(key, now=0.0) for _ in range(12)]
+    assert waits[:10] == [0.0] * 10 and all(wait > 0 for wait in waits[10:])
+    assert ring.take(key, now=1.1) == 0.0
+    assert ring.take(key, now=1.1) > 0.0
+
+
+def test_other_machines_need_keys():
+    variants = {"dense": VariantSettings(model="tiny-random")}
+    with pytest.raises(ValueError, match="shoal keys add"):
+        ServeSettings(host="0.0.0.0", variants=variants)
+    assert ServeSettings(host="0.0.0.0", variants=variants, allow_anonymous=True).host == "0.0.0.0"
+    assert ServeSettings(host="::1", variants=variants).keys is None
+
+
+def test_routes_must_lead_somewhere():
+    variants = {"dense": VariantSettings(model="tiny-random")}
+    for routes in ({"a": {"gone": 1.0}}, {"dense": {"dense": 1.0}}, {"a": {}}, {"a": {"dense": 0.0}}):
+        with pytest.raises(ValueError, match="route"):
+            ServeSettings(variants=variants, routes=routes)
