@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
+import mlflow
 import openai
 import pytest
 import schemathesis
@@ -19,11 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Recipe
 from shoal.store import save
+from shoal_services.registry import find_registered
 from shoal_services.serving.deploy import Endpoint
 from shoal_services.serving.guard import Key, KeyRing, add_key
 from shoal_services.serving.load import Load, run_load
 from shoal_services.serving.routes import Router, UnknownModel
 from shoal_services.serving.settings import Limits, ServeSettings, VariantSettings
+from shoal_services.tracking import Tracker
 
 LIMITS = Limits(max_batch_size=4, max_queued=8, max_context=256, max_tokens=16, max_body_bytes=65536)
 COMPLETIONS = "/v1/completions"
@@ -124,12 +127,13 @@ def test_log_probabilities_come_with_the_tokens(client: openai.OpenAI):
     assert logprobs.tokens[:2] == ["a", "b"]
     assert logprobs.token_logprobs[0] is None
     assert all(value < 0 for value in logprobs.token_logprobs[1:])
-    assert all(len(top) == 2 for top in logprobs.top_logprobs[1:])
+    # Two bytes that are no character by themselves have one text.
+    assert all(1 <= len(top) <= 2 for top in logprobs.top_logprobs[1:])
     assert logprobs.text_offset[:3] == [0, 1, 2]
 
 
 def test_a_stop_string_ends_the_text(client: openai.OpenAI):
-    arguments = {"model": "dense", "prompt": "ab", "max_tokens": 16, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    arguments = {"model": "dense", "prompt": "ab", "max_tokens": 16, "seed": 3, "extra_body": {"ignore_eos": True}}
     text = client.completions.create(**arguments).choices[0].text
     cut = next(character for character in text if text.index(character) > 0)
     stopped = client.completions.create(**arguments, stop=[cut]).choices[0]
@@ -181,13 +185,16 @@ def without(name: str) -> dict:
 )
 def test_what_cannot_be_used_is_refused_in_words(http: httpx.Client, body: dict | bytes, status: int, says: str):
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    response = http.post(COMPLETIONS, content=raw, headers={"content-type": "application/json"})
+    headers = {"content-type": "application/json"}
+    response = http.post(COMPLETIONS, content=raw, headers=headers)
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert says in error["message"]
     assert error["type"] and "Traceback" not in response.text
-    streamed = http.post(COMPLETIONS, content=raw.replace(b'"max_tokens"', b'"stream": true, "max_tokens"'))
-    assert streamed.status_code == status or status == 400
+    streamed = http.post(
+        COMPLETIONS, content=raw.replace(b'"max_tokens"', b'"stream": true, "max_tokens"'), headers=headers
+    )
+    assert streamed.status_code == status or "stream_options" in body
     assert http.post(COMPLETIONS, json=SMALL).status_code == 200
 
 
@@ -208,7 +215,7 @@ def test_nothing_that_the_schema_allows_or_forbids_breaks_it(endpoint: Endpoint,
         def check(case: schemathesis.Case) -> None:
             assert case.call(timeout=60).status_code < 500
 
-        if mode is schemathesis.GenerationMode.POSITIVE or operation.body or operation.path_parameters:
+        if mode is schemathesis.GenerationMode.POSITIVE or operation.body:
             check()
 
 
@@ -247,7 +254,7 @@ def send(endpoint: Endpoint, model: str, num_requests: int, **more) -> list[int]
 
 def test_a_full_queue_says_429_and_when_to_come_back(endpoint: Endpoint, http: httpx.Client):
     found = Counter(send(endpoint, "dense", 60, num_new=100))
-    assert set(found) == {200, 429}
+    assert set(found) == {200, 429}, found
     assert found[200] >= 2 * LIMITS.max_batch_size, "those that were let in are answered"
     with ThreadPoolExecutor(40) as pool:
         responses = list(pool.map(lambda _: http.post(COMPLETIONS, json=SMALL | {"max_tokens": 200}), range(40)))
@@ -287,6 +294,29 @@ def test_a_version_that_does_not_start_leaves_the_old_one(endpoint: Endpoint, tm
     assert "balanced stays as it is" in said and str(tmp_path) in said
     assert send(endpoint, "balanced", 2) == [200] * 2
     assert endpoint.reconcile(after) == [], "said once"
+    endpoint.reconcile(before)
+
+
+def test_moving_an_alias_in_the_registry_moves_the_endpoint(endpoint: Endpoint, folders: list[str], tmp_path: Path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = Tracker(tmp_path, uri=uri, experiment="tiny")
+    tracker.start_run("search", name="search")
+    for key, folder, aliases in (("a", folders[0], ["dense"]), ("b", folders[1], ["balanced"])):
+        tracker.start_run(key, name=key, parent="search")
+        tracker.register("tiny", key, source=folder, tags={}, aliases=aliases)
+    assert tracker.close() == 0
+    before = endpoint.settings
+    named = before.variants["balanced"].model_copy(update={"model": "models:/tiny@balanced"})
+    variants = before.variants | {"balanced": named}
+    endpoint.reconcile(before.model_copy(update={"variants": variants, "tracking_uri": uri}))
+    assert endpoint.served["balanced"].place == folders[1]
+    client = mlflow.MlflowClient(uri)
+    version = client.get_model_version_by_alias("tiny", "dense").version
+    client.set_registered_model_alias("tiny", "balanced", version)
+    assert endpoint.reconcile() == [f"balanced is now {folders[0]}"]
+    assert send(endpoint, "balanced", 2) == [200] * 2
+    with pytest.raises(ValueError, match="registry has no 'models:/tiny@gone'"):
+        find_registered("models:/tiny@gone", uri)
     endpoint.reconcile(before)
 
 

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from shoal_services.serving import commands
+
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False,
     help="Makes transformer language models shallower: measure, replace, distil, search.\n\n"
@@ -305,44 +307,6 @@ def evaluate(
 
 
 @app.command()
-def serve(
-    sources: Annotated[
-        list[str], typer.Argument(help="A search's folder, models:/NAME@ALIAS, model folders, or serve.yaml.")
-    ],
-    host: Annotated[str | None, typer.Option(help="Address to listen on; others than this machine need API keys.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster to serve from; by default a local one is started.")
-    ] = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server whose registry models:/ names.")] = None,
-) -> None:
-    """Serve the dense model and its compressed variants behind one OpenAI-compatible endpoint.
-
-    Examples:
-
-        shoal serve shoal-runs/demo
-
-        shoal serve models:/shoal-smollm2-135m@dense models:/shoal-smollm2-135m@balanced --tracking-uri http://mlflow:5000
-
-        shoal serve serve.yaml --port 9000
-    """
-    from shoal_services.serving.settings import ServeSettings
-    from shoal_services.serving.sources import read_sources
-
-    given = {"host": host, "port": port, "address": address, "tracking_uri": tracking_uri}
-    given = {name: value for name, value in given.items() if value is not None}
-
-    def read_settings() -> ServeSettings:
-        return ServeSettings.model_validate(read_sources(sources).model_dump() | given)
-
-    read_settings()  # what is wrong is said before Ray and torch are loaded
-
-    from shoal_services.serving.run import run_endpoint
-
-    run_endpoint(read_settings)
-
-
-@app.command()
 def doctor(
     storage: Annotated[Path, typer.Option(help="Where searches would be kept.")] = Path("shoal-runs"),
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow server to look for.")] = None,
@@ -367,6 +331,11 @@ def doctor(
         output.print(doctor_table(checks))
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
+
+
+app.command()(commands.serve)
+app.command()(commands.bench_serve)
+app.add_typer(commands.keys, name="keys")
 
 
 def _make_texts(train: list[str], evaluation: list[str], **sizes: int):

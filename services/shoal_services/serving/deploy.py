@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 from shoal.recipe import fingerprint
@@ -46,7 +47,8 @@ class Endpoint:
         self.served: dict[str, Served] = {}
         self._idle_since: dict[str, float] = {}
         self._broken: set[str] = set()
-        self._told: dict[str, Any] | None = None
+        self._started_ray = False
+        self._told: tuple[dict[str, Any], list[Any]] | None = None
 
     @property
     def url(self) -> str:
@@ -60,6 +62,7 @@ class Endpoint:
         """
         places = {name: resolve(v.model, self.settings.tracking_uri) for name, v in self.settings.variants.items()}
         listen("start Ray", 0, 1)
+        self._started_ray = not ray.is_initialized()
         connect(self.settings.address)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         http = {"host": self.settings.host, "port": self.settings.port, "request_timeout_s": None}
@@ -96,8 +99,10 @@ class Endpoint:
         return done
 
     def stop(self) -> None:
-        """Lets running requests finish, then ends Serve."""
+        """Lets running requests finish, then ends Serve, and Ray where it was started here."""
         serve.shutdown()
+        if self._started_ray:
+            ray.shutdown()
 
     def _serve(self, name: str, place: str) -> bool:
         """Makes sure that variant `name` is served from `place`; False if it was already."""
@@ -138,19 +143,20 @@ class Endpoint:
             for name, served in self.served.items()
         }
         config = {"variants": variants, "routes": self.settings.routes}
-        if config == self._told:
-            return
         keys = KeyRing.load(self.settings.keys) if self.settings.keys else KeyRing([])
         limits = self.settings.limits
-        app = make_app(keys, max_body_bytes=limits.max_body_bytes)
         fixed = [CODE_VERSION, limits.model_dump(), [key.model_dump() for key in keys.keys]]
+        if (config, fixed) == self._told:
+            return
+        app = make_app(keys, max_body_bytes=limits.max_body_bytes)
         deployment = cast(serve.Deployment, serve.deployment(serve.ingress(app)(Gateway))).options(
             # Without a version of ours, Serve makes one up and starts new replicas at every call.
-            _internal=True, version=fingerprint(fixed), name=GATEWAY, num_replicas=self.settings.gateways, max_ongoing_requests=4096,
-            ray_actor_options={"num_cpus": 0}, user_config=config, graceful_shutdown_timeout_s=DRAIN_S,
+            _internal=True, version=fingerprint(fixed), name=GATEWAY, num_replicas=self.settings.gateways,
+            max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0}, user_config=config,
+            graceful_shutdown_timeout_s=DRAIN_S,
         )  # fmt: skip
         serve.run(deployment.bind(limits.model_dump()), name=GATEWAY, route_prefix="/")
-        self._told = config
+        self._told = (config, fixed)
 
 
 def resolve(model: str, tracking_uri: str | None) -> str:

@@ -178,11 +178,11 @@ class Engine:
         if logits is not None:
             scored = zip(logits, ids[1:], strict=False)  # the first token has none before it to be scored by
             tokens[1:] = [describe_token(row, token, request.sampling.num_logprobs) for row, token in scored]
-        return Delta(text=str(text), prompt_tokens=tuple(self._spell(token) for token in tokens))
+        return Delta(text=str(text), prompt_tokens=tuple(self._spell(token, request) for token in tokens))
 
-    def _spell(self, token: Token) -> Token:
+    def _spell(self, token: Token, request: Generation) -> Token:
         """The token with its text, and those beside it with theirs, where log probabilities are wanted."""
-        if token.logprob is None and not token.top:
+        if request.sampling.num_logprobs is None:
             return token
         top = tuple(replace(one, text=str(self.tokenizer.decode([one.id]))) for one in token.top)
         return replace(token, text=str(self.tokenizer.decode([token.id])), top=top)
@@ -216,7 +216,7 @@ class Engine:
             elif running.num_generated >= request.max_tokens:
                 reason, text = "length", text + running.stream.flush()
         if not running.cancelled:
-            running.emit(Delta(text=text, tokens=(self._spell(token),), finish_reason=reason))
+            running.emit(Delta(text=text, tokens=(self._spell(token, request),), finish_reason=reason))
         if reason is not None or running.cancelled:
             self._leave(running)
 

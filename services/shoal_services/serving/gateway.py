@@ -8,13 +8,22 @@ from typing import Any, cast
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from shoal_services.serving.events import Pieces, count_tokens, write_events
-from shoal_services.serving.generation import Call
+from shoal_services.serving.generation import Call, Piece
 from shoal_services.serving.protocol import ChatRequest, ChatWriter, CompletionRequest, CompletionWriter, TokenizeRequest
 from shoal_services.serving.routes import Router
 from shoal_services.serving.settings import Limits
+
+
+class QueueFull(Exception):
+    """A variant has as many requests as its limits allow."""
+
+
+class VariantDown(Exception):
+    """A variant has no replica that answers."""
 
 
 class Gateway:
@@ -95,14 +104,21 @@ class Gateway:
     ) -> Response:
         streaming = self._handle(name).options(stream=True)
         answers = [cast(Pieces, streaming.generate.remote(call)) for call in calls]
-        if not request.stream:
-            async with asyncio.timeout(self.limits.timeout_s):
-                pieces = await asyncio.gather(*(anext(aiter(answer)) for answer in answers))
-            return JSONResponse(writer.answer([piece.delta for piece in pieces], count_tokens(pieces)))
         iterators = [aiter(answer) for answer in answers]
         # The first pieces come before the status line: whatever is refused is refused with its own status.
-        async with asyncio.timeout(self.limits.timeout_s):
-            firsts = await asyncio.gather(*(anext(iterator) for iterator in iterators))
+        firsts = await self._take_first(iterators)
+        if not request.stream:
+            return JSONResponse(writer.answer([piece.delta for piece in firsts], count_tokens(firsts)))
         wants_usage = request.stream_options is not None and request.stream_options.include_usage
         events = write_events(list(firsts), iterators, writer, wants_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+    async def _take_first(self, iterators: list[Pieces]) -> list[Piece]:
+        """The first piece of each answer. Raises `QueueFull`, `VariantDown`, TimeoutError, or what a replica raised."""
+        try:
+            async with asyncio.timeout(self.limits.timeout_s):
+                return list(await asyncio.gather(*(anext(iterator) for iterator in iterators)))
+        except BackPressureError as error:  # Serve would answer these two itself, as plain text
+            raise QueueFull("the variant's queue is full; try again in a moment") from error
+        except DeploymentUnavailableError as error:
+            raise VariantDown("the variant has no replica that can answer; try again in a moment") from error

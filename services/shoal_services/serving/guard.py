@@ -77,9 +77,21 @@ def add_key(file: Path, name: str, requests_per_minute: int | None) -> str:
         raise ValueError(f"{str(file)!r} holds a key named {name!r} already; revoke it first, or choose another name")
     secret = PREFIX + secrets.token_urlsafe(32)
     new = Key(name=name, sha256=hashlib.sha256(secret.encode()).hexdigest(), requests_per_minute=requests_per_minute)
-    write_text(file, json.dumps([key.model_dump() for key in [*held, new]], indent=2))
-    file.chmod(0o600)
+    _write_keys(file, [*held, new])
     return secret
+
+
+def revoke_key(file: Path, name: str) -> None:
+    """Takes a key out of the file. Raises ValueError if it is not there."""
+    held = KeyRing.load(file).keys
+    if all(key.name != name for key in held):
+        raise ValueError(f"{str(file)!r} holds no key named {name!r}; it has {', '.join(key.name for key in held)}")
+    _write_keys(file, [key for key in held if key.name != name])
+
+
+def _write_keys(file: Path, keys: list[Key]) -> None:
+    write_text(file, json.dumps([key.model_dump() for key in keys], indent=2))
+    file.chmod(0o600)
 
 
 def check_key(keys: KeyRing) -> Callable[[Request], Awaitable[None]]:

@@ -17,11 +17,11 @@ def run_endpoint(read_settings: Callable[[], ServeSettings]) -> None:
     Raises ValueError or OSError for what cannot be served, before anything is up.
     """
     endpoint = Endpoint(read_settings())
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts us in the background ignores the first for us
-        signal.signal(number, signal.default_int_handler)
+    _raise_on_signals()
     try:
         with show_progress() as listen:
             endpoint.start(listen)
+        _raise_on_signals()  # Ray has put its own handlers there
         names = [*endpoint.settings.variants, *endpoint.settings.routes]
         output.print(f"[bold]{endpoint.url}/v1[/bold]  OpenAI's interfaces; models: {', '.join(names)}", soft_wrap=True)
         output.print(f"[bold]{endpoint.url}/[/bold]    playground")
@@ -42,3 +42,9 @@ def _watch(endpoint: Endpoint, read_settings: Callable[[], ServeSettings]) -> No
         settings = endpoint.settings
     for line in endpoint.reconcile(settings):
         console.print(line)
+
+
+def _raise_on_signals() -> None:
+    """Ctrl-C and a supervisor's SIGTERM raise KeyboardInterrupt, also where a shell started us in the background."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)

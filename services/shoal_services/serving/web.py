@@ -11,11 +11,11 @@ from fastapi.params import Depends
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
 from shoal_services.serving.events import first_line
-from shoal_services.serving.gateway import Gateway
+from shoal_services.serving.gateway import Gateway, QueueFull, VariantDown
 from shoal_services.serving.guard import BodyLimit, KeyRing, check_key
 from shoal_services.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest, make_error
 from shoal_services.serving.routes import UnknownModel
@@ -104,14 +104,14 @@ def _add_error_shapes(app: FastAPI) -> None:
     async def late(_request: Request, _error: TimeoutError) -> JSONResponse:
         return shaped(408, "the answer took longer than the endpoint's limit; lower max_tokens or try again")
 
-    @app.exception_handler(BackPressureError)
-    async def full(_request: Request, _error: BackPressureError) -> JSONResponse:
-        return shaped(429, "the variant's queue is full; try again in a moment", code="queue_full")
+    @app.exception_handler(QueueFull)
+    async def full(_request: Request, error: QueueFull) -> JSONResponse:
+        return shaped(429, str(error), code="queue_full")
 
     async def down(_request: Request, error: Exception) -> JSONResponse:
         if isinstance(getattr(error, "cause", None), ValueError):
             return shaped(400, first_line(error))
         return shaped(503, f"the variant cannot answer now: {first_line(error)}")
 
-    for kind in (DeploymentUnavailableError, RayServeException, RayError):
+    for kind in (VariantDown, RayServeException, RayError):
         app.add_exception_handler(kind, down)
