@@ -15,6 +15,7 @@ import httpx2 as httpx
 import mlflow
 import openai
 import pytest
+import ray
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from shoal.models import load_model, load_tokenizer
@@ -217,6 +218,22 @@ def test_nothing_that_the_schema_allows_or_forbids_breaks_it(endpoint: Endpoint,
 
         if mode is schemathesis.GenerationMode.POSITIVE or operation.body:
             check()
+
+
+def test_prometheus_finds_what_each_variant_does(endpoint: Endpoint, http: httpx.Client):
+    http.post(COMPLETIONS, json=SMALL | {"max_tokens": 5})
+    (node,) = ray.nodes()
+    wanted = {"time_to_first_token_ms_count", "inter_token_ms_count", "prompt_tokens_total", "generated_tokens_total"}
+    wanted |= {"batch_size", "queue_length"}
+    deadline = time.monotonic() + 60  # Ray gathers every few seconds
+    missing = wanted
+    while missing and time.monotonic() < deadline:
+        time.sleep(1)
+        page = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics").text
+        lines = [line for line in page.splitlines() if line.startswith("ray_shoal_") and 'variant="dense"' in line]
+        missing = {name for name in wanted if not any(line.startswith(f"ray_shoal_{name}{{") for line in lines)}
+    assert not missing, lines
+    assert http.get("/metrics").status_code == 404, "not for strangers"
 
 
 # Routes

@@ -21,7 +21,7 @@ from shoal_services.cluster import connect
 from shoal_services.registry import REGISTRY, find_registered
 from shoal_services.serving.gateway import Gateway
 from shoal_services.serving.guard import KeyRing
-from shoal_services.serving.settings import ServeSettings, VariantSettings
+from shoal_services.serving.settings import ServeSettings
 from shoal_services.serving.sources import find_version
 from shoal_services.serving.variant import Variant
 from shoal_services.serving.web import make_app
@@ -113,7 +113,7 @@ class Endpoint:
             return False
         if served.app not in self._idle_since:
             try:
-                serve.run(_make_variant(place, variant, self.settings), name=served.app, route_prefix=None)
+                serve.run(_make_variant(name, place, self.settings), name=served.app, route_prefix=None)
             except RuntimeError as error:
                 self._broken.add(served.app)
                 problem = _find_problem(served.app) or str(error)
@@ -164,8 +164,8 @@ def resolve(model: str, tracking_uri: str | None) -> str:
     return find_registered(model, tracking_uri) if model.startswith(REGISTRY) else model
 
 
-def _make_variant(place: str, variant: VariantSettings, settings: ServeSettings) -> serve.Application:
-    limits = settings.limits
+def _make_variant(name: str, place: str, settings: ServeSettings) -> serve.Application:
+    variant, limits = settings.variants[name], settings.limits
     scaling: dict[str, Any] = {"num_replicas": variant.max_replicas}
     if variant.min_replicas != variant.max_replicas:
         scaling = {
@@ -185,7 +185,7 @@ def _make_variant(place: str, variant: VariantSettings, settings: ServeSettings)
         graceful_shutdown_timeout_s=DRAIN_S,
         **scaling,
     )
-    return deployment.bind(place, variant.dtype, limits.model_dump())
+    return deployment.bind(name, place, variant.dtype, limits.model_dump(), int(variant.cpus_per_replica) or None)
 
 
 def _find_problem(app: str) -> str | None:

@@ -15,18 +15,20 @@ from shoal_services.serving.settings import Limits
 class Variant:
     """Answers calls for one model. Heavy imports wait until a replica starts."""
 
-    def __init__(self, model: str, dtype: str | None, limits: dict[str, Any], num_threads: int | None = None):
+    def __init__(self, name: str, model: str, dtype: str | None, limits: dict[str, Any], num_threads: int | None):
         import torch
         from shoal.models import load_model, load_tokenizer
 
         from shoal_services.serving.decoder import BatchedDecoder
         from shoal_services.serving.engine import Engine
+        from shoal_services.serving.meters import Meters
 
+        self.meters = Meters(name)
         self.limits = Limits.model_validate(limits)
         self.tokenizer = load_tokenizer(model)
 
         def make_decoder() -> BatchedDecoder:
-            torch.set_num_threads(num_threads or os.cpu_count() or 1)
+            torch.set_num_threads(num_threads or os.cpu_count() or 1)  # Ray sets 1 where no CPU is reserved
             return BatchedDecoder(load_model(model, dtype=dtype), max_batch_size=self.limits.max_batch_size)
 
         self.engine = Engine(make_decoder, self.tokenizer, max_context=self.limits.max_context)
@@ -38,8 +40,10 @@ class Variant:
         room = max(0, self.max_context - len(ids))
         max_tokens = min(room, self.limits.max_tokens) if call.max_tokens is None else call.max_tokens
         request = Generation(ids, max_tokens, call.sampling, call.stop, call.ignore_eos, call.echo)
-        whole = Delta()
+        whole, watch = Delta(), self.meters.watch(len(ids))
         async for delta in self.engine.generate(request):
+            watch.hear(delta)
+            self.meters.show(self.engine.statistics)
             if call.stream:
                 yield Piece(delta, len(ids))
             whole += delta
