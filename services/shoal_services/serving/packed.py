@@ -10,7 +10,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 
@@ -28,13 +27,17 @@ class PackedLinear(nn.Module):
         self.out_features, self.min_rows = weight_oi.shape[0], min_rows
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_oi, None)
         self.bias = None if layer.bias is None else layer.bias.detach()
+        self.padded = weight_oi.new_zeros((min_rows, weight_oi.shape[1]))
+        self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        missing = self.min_rows - len(rows)
-        padded = functional.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
-        out = torch.ops.mkldnn._linear_pointwise(padded, self.packed, self.bias, "none", [], "")
-        return out[: len(rows)].view(*x.shape[:-1], self.out_features)
+        num_rows = len(rows)
+        if num_rows < self.min_rows:
+            self.padded[:num_rows] = rows  # what is left of other calls below them is of no account
+            rows = self.padded
+        out = self.multiply(rows, self.packed, self.bias, "none", [], "")
+        return out[:num_rows].view(*x.shape[:-1], self.out_features)
 
 
 def pack_linears(model: nn.Module, *, min_rows: int) -> int:

@@ -63,7 +63,7 @@ def make_app(keys: KeyRing, *, max_body_bytes: int) -> FastAPI:
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def playground() -> str:
-        return files("shoal_services.serving").joinpath("playground.html").read_text()
+        return files("shoal_services.serving").joinpath("playground.html").read_text(encoding="utf-8")
 
     return app
 
