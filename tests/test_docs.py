@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
 from shoal_services.cli import app
 from shoal_services.config import load_config
+from shoal_services.serving.sources import read_sources
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(path for path in (ROOT / "README.md", *(ROOT / "k8s").glob("*.md")) if path.is_file())
@@ -44,18 +46,31 @@ def parse(command: str) -> None:
     if "--help" in words:
         assert words == ["--help"] or (words[0] in COMMAND.commands and words[1:] == ["--help"]), command
         return
-    with COMMAND.make_context("shoal", words) as context:
-        if not context._protected_args and not context.args:
-            return
-        name, subcommand, rest = COMMAND.resolve_command(context, [*context._protected_args, *context.args])
-        with subcommand.make_context(name, rest, parent=context):
-            pass
+    parse_words(COMMAND, "shoal", words)
+
+
+def parse_words(command, name: str, words: list[str], parent=None) -> None:
+    """A command's words, and where it is a group, those of the command in it."""
+    with command.make_context(name, words, parent=parent) as context:
+        rest = [*context._protected_args, *context.args]
+        if hasattr(command, "commands") and rest:
+            name, subcommand, rest = command.resolve_command(context, rest)
+            parse_words(subcommand, name, rest, context)
+
+
+def list_commands(group=COMMAND) -> Iterator[tuple[str, object]]:
+    """Every command with its words after `shoal`, those of groups included."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from ((f"{name} {inner}", found) for inner, found in list_commands(command))
+        else:
+            yield name, command
 
 
 COMMANDS = [(path.name, command) for path in DOCUMENTS for command in read_commands(path)]
 EXAMPLES = [
     (name, line.strip())
-    for name, command in COMMAND.commands.items()
+    for name, command in list_commands()
     for line in (command.callback.__doc__ or "").splitlines()
     if line.strip().startswith("shoal ")
 ]
@@ -68,7 +83,7 @@ def test_every_command_in_the_documents_parses(document, command):
 
 @pytest.mark.parametrize(("command", "example"), EXAMPLES, ids=[example for _, example in EXAMPLES])
 def test_every_example_of_the_help_parses(command, example):
-    assert example.split()[1] == command
+    assert example.split()[1 : 1 + len(command.split())] == command.split()
     parse(example)
 
 
@@ -81,9 +96,16 @@ def test_a_wrong_command_does_not_parse(command):
         parse(command)
 
 
-@pytest.mark.parametrize("name", COMMAND.commands)
+@pytest.mark.parametrize("name", [name for name, _ in list_commands()])
 def test_every_command_has_examples(name):
     assert any(command == name for command, _ in EXAMPLES)
+
+
+@pytest.mark.parametrize("block", [b for b in read_blocks(ROOT / "README.md", ("yaml",)) if "variants:" in b])
+def test_what_the_readme_says_of_serving_is_served(block, tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text(block)
+    assert read_sources([str(file)]).variants
 
 
 def test_the_readme_names_every_command():
