@@ -17,6 +17,7 @@ import openai
 import pytest
 import ray
 import schemathesis
+from conftest import make_point
 from hypothesis import HealthCheck, given, settings
 from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Recipe
@@ -27,6 +28,7 @@ from shoal_services.serving.guard import Key, KeyRing, add_key
 from shoal_services.serving.load import Load, run_load
 from shoal_services.serving.routes import Router, UnknownModel
 from shoal_services.serving.settings import Limits, ServeSettings, VariantSettings
+from shoal_services.serving.sources import read_sources
 from shoal_services.tracking import Tracker
 
 LIMITS = Limits(max_batch_size=4, max_queued=8, max_context=256, max_tokens=16, max_body_bytes=65536)
@@ -375,6 +377,48 @@ def test_other_machines_need_keys():
         ServeSettings(host="0.0.0.0", variants=variants)
     assert ServeSettings(host="0.0.0.0", variants=variants, allow_anonymous=True).host == "0.0.0.0"
     assert ServeSettings(host="::1", variants=variants).keys is None
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        settings = ServeSettings(port=port, variants={"dense": VariantSettings(model="tiny-random")})
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
+            Endpoint(settings).start(lambda *_: None)
+
+
+def test_a_searchs_folder_gives_its_variants_also_after_it_was_moved(tmp_path: Path):
+    points = []
+    for count, kind in ((2, "linear"), (4, "folded"), (6, "linear")):
+        place = Path("trials", f"key{count}", "model")
+        (tmp_path / place).mkdir(parents=True)
+        arguments = {"num_replaced": count, "blocks": tuple(range(count)), "kind": kind}
+        points.append(make_point(1000 - count, 20.0 + count, artefact="/gone" / place, **arguments))
+    picks = {"best": points[0].artefact, "balanced": points[0].artefact, "smallest": points[2].artefact}
+    frontier = [point.model_dump(mode="json") for point in points]
+    (tmp_path / "frontier.json").write_text(json.dumps({"picks": picks, "frontier": frontier}))
+    variants = read_sources([str(tmp_path)]).variants
+    assert list(variants) == ["dense", "best", "folded-4", "smallest"]
+    assert variants["best"].model == str(tmp_path / "trials" / "key2" / "model")
+    assert [variant.min_replicas for variant in variants.values()] == [1, 1, 0, 1]
+    (tmp_path / "frontier.json").write_text("{}")
+    with pytest.raises(ValueError, match="damaged"):
+        read_sources([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("sources", "says"),
+    [
+        (["./gone"], "no model folder './gone'"),
+        (["gone.yaml"], "cannot read 'gone.yaml'"),
+        (["tiny-random", "tiny-random"], "two variants named 'tiny-random'"),
+    ],
+)
+def test_sources_that_are_not_there_are_said_at_once(sources: list[str], says: str):
+    with pytest.raises(ValueError, match=says):
+        read_sources(sources)
 
 
 def test_routes_must_lead_somewhere():

@@ -8,6 +8,7 @@ request sees the change.
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -60,6 +61,7 @@ class Endpoint:
 
         Raises ValueError for a model that cannot be found or served, OSError if the port is taken.
         """
+        _require_free_port(self.settings)
         places = {name: resolve(v.model, self.settings.tracking_uri) for name, v in self.settings.variants.items()}
         listen("start Ray", 0, 1)
         self._started_ray = not ray.is_initialized()
@@ -162,6 +164,21 @@ class Endpoint:
 def resolve(model: str, tracking_uri: str | None) -> str:
     """Where a model's weights are. Raises ValueError for a registry name that leads nowhere."""
     return find_registered(model, tracking_uri) if model.startswith(REGISTRY) else model
+
+
+def _require_free_port(settings: ServeSettings) -> None:
+    """Raises OSError if something listens there already: Serve itself would start, and answer nobody."""
+    if settings.address:
+        return
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))
+        except OSError as error:
+            raise OSError(
+                f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another --port or --host"
+            ) from error
 
 
 def _make_variant(name: str, place: str, settings: ServeSettings) -> serve.Application:

@@ -29,6 +29,8 @@ def read_sources(sources: list[str]) -> ServeSettings:
 
 def describe_variant(model: str) -> VariantSettings:
     """A variant for a model, with the numbers that its folder holds."""
+    if model.startswith((".", "/", "~")) and not Path(model).exists():
+        raise ValueError(f"there is no model folder {model!r}; check the path, or give a search's folder or a Hub id")
     file = Path(model) / "point.json"
     if not file.is_file():
         return VariantSettings(model=model)
