@@ -10,7 +10,10 @@ import typer
 
 KeyFile = Annotated[Path, typer.Option(help="File of hashed keys: `keys:` in serve.yaml.")]
 
-keys = typer.Typer(no_args_is_help=True, help="API keys of an endpoint, hashed at rest.")
+keys = typer.Typer(
+    no_args_is_help=True,
+    help="API keys of an endpoint, hashed at rest.\n\nExamples:\n\n    shoal keys add alice\n\n    shoal keys list",
+)
 
 
 def serve(

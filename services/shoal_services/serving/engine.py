@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from shoal_services.serving.decoder import BatchedDecoder
-from shoal_services.serving.generation import Delta, FinishReason, Generation, Token
+from shoal_services.serving.generation import Delta, EngineStatistics, FinishReason, Generation, Token
 from shoal_services.serving.sampling import Sampler, describe_token
 from shoal_services.serving.text_stream import TextStream
 
@@ -31,18 +31,6 @@ class Running:
     last_token: int = -1
     num_generated: int = 0
     cancelled: bool = False
-
-
-@dataclass
-class EngineStatistics:
-    """Counts since the start, and what is going on now."""
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    steps: int = 0
-    requests: int = 0
-    waiting: int = 0
-    running: int = 0
 
 
 class Engine:

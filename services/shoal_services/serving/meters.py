@@ -6,8 +6,7 @@ import time
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from shoal_services.serving.engine import EngineStatistics
-from shoal_services.serving.generation import Delta
+from shoal_services.serving.generation import Delta, EngineStatistics
 
 LATENCY_MS = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 3e4]
 
@@ -40,11 +39,6 @@ class Meters:
         self.running = gauge("shoal_batch_size", "requests in the batch")
         self.waiting = gauge("shoal_queue_length", "requests that wait for a row")
 
-    def watch(self, num_prompt_tokens: int) -> Stopwatch:
-        """Begins to measure one request."""
-        self.prompt_tokens.inc(num_prompt_tokens)
-        return Stopwatch(self)
-
     def show(self, statistics: EngineStatistics) -> None:
         """Tells how busy the engine is."""
         self.running.set(statistics.running)
@@ -54,18 +48,19 @@ class Meters:
 class Stopwatch:
     """The times of one request."""
 
-    def __init__(self, meters: Meters):
-        self.meters, self.start = meters, time.perf_counter()
+    def __init__(self, meters: Meters, num_prompt_tokens: int):
+        self.meters, self.num_prompt_tokens, self.start = meters, num_prompt_tokens, time.perf_counter()
         self.first: float | None = None
         self.num_tokens = 0
 
     def hear(self, delta: Delta) -> None:
-        """Counts a piece as it comes; the last piece records the times."""
+        """Counts a piece as it comes; the last piece records what the request came to."""
         if self.first is None and delta.tokens:
             self.first = time.perf_counter()
             self.meters.first_token.observe((self.first - self.start) * 1e3)
         self.num_tokens += len(delta.tokens)
         if delta.finish_reason is not None and self.num_tokens:
+            self.meters.prompt_tokens.inc(self.num_prompt_tokens)
             self.meters.generated_tokens.inc(self.num_tokens)
             if self.first is not None and self.num_tokens > 1:
                 self.meters.inter_token.observe((time.perf_counter() - self.first) * 1e3 / (self.num_tokens - 1))

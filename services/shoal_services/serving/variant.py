@@ -9,6 +9,7 @@ from typing import Any, cast
 from ray.serve.exceptions import RayServeException
 
 from shoal_services.serving.generation import Call, Delta, Generation, Piece, Prompt
+from shoal_services.serving.meters import Meters, Stopwatch
 from shoal_services.serving.settings import Limits
 
 
@@ -21,7 +22,6 @@ class Variant:
 
         from shoal_services.serving.decoder import BatchedDecoder
         from shoal_services.serving.engine import Engine
-        from shoal_services.serving.meters import Meters
 
         self.meters = Meters(name)
         self.limits = Limits.model_validate(limits)
@@ -40,7 +40,7 @@ class Variant:
         room = max(0, self.max_context - len(ids))
         max_tokens = min(room, self.limits.max_tokens) if call.max_tokens is None else call.max_tokens
         request = Generation(ids, max_tokens, call.sampling, call.stop, call.ignore_eos, call.echo)
-        whole, watch = Delta(), self.meters.watch(len(ids))
+        whole, watch = Delta(), Stopwatch(self.meters, len(ids))
         async for delta in self.engine.generate(request):
             watch.hear(delta)
             self.meters.show(self.engine.statistics)
