@@ -76,7 +76,8 @@ class Gateway:
 
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         """/tokenize."""
-        prompt = request.prompt or tuple(message.as_template_input() for message in request.messages or ())
+        messages = tuple(message.as_template_input() for message in request.messages or ())
+        prompt = messages if request.prompt is None else request.prompt
         handle = self._handle(self.router.choose(request.model, None))
         return await handle.tokenize.remote(prompt, request.add_special_tokens)
 
