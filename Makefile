@@ -32,6 +32,7 @@ demo: setup
 	@echo "Next:    source $(BIN)/activate"
 	@echo "         shoal compress MODEL --num-replaced 4     one model of your own"
 	@echo "         cp tune_configs/demo.yaml my.yaml         and shoal search my.yaml for its frontier"
+	@echo "         shoal serve shoal-runs/demo               OpenAI-compatible endpoint and a playground"
 
 lint: setup
 	$(BIN)/ruff check .
