@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import time
 from collections import Counter
@@ -14,6 +16,7 @@ from pathlib import Path
 import httpx2 as httpx
 import mlflow
 import openai
+import psutil
 import pytest
 import ray
 import schemathesis
@@ -289,6 +292,26 @@ def test_clients_that_go_away_harm_nobody(endpoint: Endpoint, http: httpx.Client
     started = time.monotonic()
     assert send(endpoint, "dense", 4, concurrency=4) == [200] * 4
     assert time.monotonic() - started < 20
+
+
+def test_a_killed_replica_costs_the_requests_on_it_and_no_others(endpoint: Endpoint):
+    def find_replica() -> int | None:
+        family = psutil.Process().children(recursive=True)
+        return next((p.pid for p in family if "ServeReplica:balanced" in " ".join(p.cmdline())), None)
+
+    replica = find_replica()
+    assert replica is not None
+    with ThreadPoolExecutor(1) as pool:
+        statuses = pool.submit(send, endpoint, "balanced", 90, rate_per_s=6.0)
+        time.sleep(3)
+        os.kill(replica, signal.SIGKILL)
+        found = Counter(statuses.result())
+    # A request takes far less than a second here: few of six a second are on the replica at one time. Those that come
+    # before the next replica is up wait for it, as many as the queue holds.
+    assert found[0] + found[503] <= LIMITS.max_batch_size, found
+    assert set(found) <= {0, 200, 429, 503} and found[200] > 45
+    assert find_replica() not in (None, replica)
+    assert send(endpoint, "balanced", 4) == [200] * 4
 
 
 def test_another_version_is_rolled_out_and_back_without_a_failed_request(endpoint: Endpoint, folders: list[str]):
