@@ -72,7 +72,7 @@ class BatchedDecoder:
         inputs = {"position_ids": positions.contiguous(), "attention_mask": masks, "logits_to_keep": 0 if all_logits else 1}
         given = {name: value for name, value in inputs.items() if name in self._accepted}
         logits = self.model(input_ids=ids, past_key_values=self.slots, use_cache=True, **given).logits
-        return logits.flatten(0, 1) if all_logits or (ids.shape[0] == 1 and ids.shape[1] == 1) else logits[:, -1]
+        return logits.flatten(0, 1) if all_logits else logits[:, -1]
 
     def _mask_columns(self, positions: Tensor, window: int | None) -> Tensor:
         """What each token may attend to [rows, 1, tokens, columns], as a bias: 0 or the dtype's lowest value."""
@@ -114,9 +114,7 @@ class BatchedDecoder:
         )
 
     def _agrees_alone(self, prompts: list[list[int]]) -> bool:
-        alone = []
-        for ids in prompts:
-            alone.append(self.model_logits(ids))
+        alone = [self._find_logits_alone(ids) for ids in prompts]
         for ids in prompts:
             self.prefill(ids[:-1])
         together = self.step([ids[-1] for ids in prompts])
@@ -126,7 +124,7 @@ class BatchedDecoder:
         return bool((together.float() - wanted).abs().max() <= tolerance)
 
     @torch.no_grad()
-    def model_logits(self, ids: list[int]) -> Tensor:
+    def _find_logits_alone(self, ids: list[int]) -> Tensor:
         """Logits [V] after `ids` from the model without any cache."""
         tokens = torch.tensor(ids, device=self.model.device)[None]
         return self.model(input_ids=tokens, use_cache=False).logits[0, -1]

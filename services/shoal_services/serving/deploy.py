@@ -30,7 +30,6 @@ from shoal_services.serving.web import make_app
 GATEWAY = "gateway"
 DRAIN_S = 30.0
 CODE_VERSION = "1"
-log = logging.getLogger("shoal.serve")
 
 
 class Served(NamedTuple):
@@ -48,6 +47,7 @@ class Endpoint:
         self.served: dict[str, Served] = {}
         self._idle_since: dict[str, float] = {}
         self._broken: set[str] = set()
+        self._said: set[str] = set()
         self._started_ray = False
         self._told: tuple[dict[str, Any], list[Any]] | None = None
 
@@ -90,9 +90,9 @@ class Endpoint:
                     done.append(f"{name} is now {place}")
             except (ValueError, RuntimeError, OSError) as error:
                 message = f"{name} stays as it is: {(str(error).splitlines() or ['?'])[0]}"
-                if message not in self._broken:
+                if message not in self._said:
                     done.append(message)
-                self._broken.add(message)
+                self._said.add(message)
         for name in set(self.served) - set(self.settings.variants):
             del self.served[name]
             done.append(f"{name} is not served any more")

@@ -148,7 +148,6 @@ class Engine:
         request = running.request
         scored = request.echo and request.sampling.num_logprobs is not None
         logits = self.decoder.prefill(list(request.prompt_ids), all_logits=scored)
-        self.statistics.prompt_tokens += len(request.prompt_ids)
         self._rows.append(running)
         if request.echo:
             running.emit(self._echo(request, logits if scored else None))
@@ -178,7 +177,6 @@ class Engine:
     def _step(self) -> None:
         """One token for every row."""
         logits = self.decoder.step([running.last_token for running in self._rows])
-        self.statistics.steps += 1
         plain = logits.max(-1).indices.tolist() if any(r.sampler.is_plain for r in self._rows) else []
         picked = [
             Token(plain[row]) if running.sampler.is_plain else running.sampler.pick(logits[row])

@@ -96,9 +96,7 @@ class Piece:
 class EngineStatistics:
     """Counts since the start, and what is going on now."""
 
-    prompt_tokens: int = 0
     generated_tokens: int = 0
-    steps: int = 0
     requests: int = 0
     waiting: int = 0
     running: int = 0

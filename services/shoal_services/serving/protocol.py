@@ -217,7 +217,8 @@ class ChatWriter(CompletionWriter):
     def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
         """One streamed chunk."""
         choice = self._choice(index, delta)
-        choice["delta"] = {"content": choice.pop("message")["content"]} if delta.text else choice.pop("message") and {}
+        del choice["message"]
+        choice["delta"] = {"content": delta.text} if delta.text else {}
         return {**self.base, "object": self.chunk_kind, "choices": [choice]}
 
     def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
