@@ -9,7 +9,7 @@ import shoal
 import torch
 import transformers
 from conftest import make_ids
-from shoal.blocks import find_blocks, watch_boundaries
+from shoal.blocks import find_blocks, name_cache_argument, watch_boundaries
 from shoal.recipe import KINDS, Recipe
 from shoal.replace import AffineMap, Replacement, apply_replacement, find_runs, linear_blocks
 from shoal.store import save
@@ -48,7 +48,7 @@ def test_maps_stand_where_the_blocks_stood(model, blocks):
     expected = run_by_hand(model, ids, blocks, maps)
     boundaries = []
     with torch.no_grad(), watch_boundaries(student, lambda _boundary, stream: boundaries.append(stream)):
-        cache = student(input_ids=ids, use_cache=True).past_key_values
+        cache = getattr(student(input_ids=ids, use_cache=True), name_cache_argument(student))
     torch.testing.assert_close(boundaries[-1], expected, rtol=1e-4, atol=1e-4)
     assert len(cache.layers) == 5 - len(blocks)
     assert same_with_and_without_cache(student, ids)

@@ -6,6 +6,7 @@ num_hidden_layers is the stream after the last block, before the final norm.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
 def text_config(model: PreTrainedModel):
     """The configuration of the decoder (the model's own, or its text part in a multimodal model)."""
     return model.config.get_text_config(decoder=True)
+
+
+def name_cache_argument(model: PreTrainedModel) -> str:
+    """What the model's `forward` calls its KV cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _are_blocks(modules: nn.ModuleList) -> bool:

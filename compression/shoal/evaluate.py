@@ -6,13 +6,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from shoal.blocks import text_config
+from shoal.blocks import name_cache_argument, text_config
 from shoal.losses import find_divergence, find_normalizer
 from shoal.recipe import Evaluation, Size, Speed
 from shoal.teacher import TeacherTargets, choose_batch_size, token_losses
@@ -105,7 +105,7 @@ def measure_size(model: PreTrainedModel) -> Size:
     parameters = {id(p): p for p in model.parameters()}.values()
     cache = DynamicCache(config=text_config(model))
     ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, use_cache=True, **{name_cache_argument(model): cache})
     kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     held = [tensor for tensor in kept if tensor is not None]
     return Size(
@@ -145,7 +145,8 @@ def measure_speeds(
 def _time_step(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> tuple[float, Tensor]:
     """Seconds for tokens `ids` [1, T], and the token [1, 1] that follows."""
     start = time.perf_counter()
-    token = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+    given: dict[str, Any] = {name_cache_argument(model): cache}
+    token = model(input_ids=ids, use_cache=True, logits_to_keep=1, **given).logits.argmax(-1)
     _wait(model)
     return time.perf_counter() - start, token
 

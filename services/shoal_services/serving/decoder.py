@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from shoal.blocks import text_config
+from shoal.blocks import name_cache_argument, text_config
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,7 +27,8 @@ class BatchedDecoder:
 
     def __init__(self, model: PreTrainedModel, *, max_batch_size: int = 32, prefill_chunk: int = 512):
         self.model, self.prefill_chunk, self.max_batch_size = model, prefill_chunk, max_batch_size
-        pack_linears(model, min_rows=max_batch_size)
+        pack_linears(model, max_rows=max_batch_size)
+        self._cache_argument = name_cache_argument(model)
         self._accepted = set(inspect.signature(model.forward).parameters)
         config = text_config(model)
         self._layer_types = set(getattr(config, "layer_types", None) or ())
@@ -69,9 +71,14 @@ class BatchedDecoder:
         return self.size
 
     def _forward(self, ids: Tensor, positions: Tensor, masks: Masks, all_logits: bool) -> Tensor:
-        inputs = {"position_ids": positions.contiguous(), "attention_mask": masks, "logits_to_keep": 0 if all_logits else 1}
+        inputs: dict[str, Any] = {
+            "position_ids": positions.contiguous(),
+            "attention_mask": masks,
+            "logits_to_keep": 0 if all_logits else 1,
+        }
         given = {name: value for name, value in inputs.items() if name in self._accepted}
-        logits = self.model(input_ids=ids, past_key_values=self.slots, use_cache=True, **given).logits
+        given[self._cache_argument] = self.slots
+        logits = self.model(input_ids=ids, use_cache=True, **given).logits
         return logits.flatten(0, 1) if all_logits else logits[:, -1]
 
     def _mask_columns(self, positions: Tensor, window: int | None) -> Tensor:
@@ -98,7 +105,8 @@ class BatchedDecoder:
     def _choose_masks(self) -> Callable[[Tensor], Masks]:
         """The way of giving masks under which two requests in one step get what each gets alone."""
         vocabulary = text_config(self.model).vocab_size
-        prompts = [[token % vocabulary for token in ids] for ids in (range(1, 6), range(7, 19))]
+        # Tokens from all over the vocabulary: what comes first in it are special tokens, which no text has in a row.
+        prompts = [[7919 * token % vocabulary for token in ids] for ids in (range(1, 6), range(7, 19))]
         problems = []
         for make_masks in (self._bias_masks, self._padding_masks):
             self._make_masks = make_masks
@@ -114,14 +122,15 @@ class BatchedDecoder:
         )
 
     def _agrees_alone(self, prompts: list[list[int]]) -> bool:
-        alone = [self._find_logits_alone(ids) for ids in prompts]
+        alone = torch.stack([self._find_logits_alone(ids) for ids in prompts]).float()
         for ids in prompts:
             self.prefill(ids[:-1])
-        together = self.step([ids[-1] for ids in prompts])
+        together = self.step([ids[-1] for ids in prompts]).float()
         self.size = 0
-        wanted = torch.stack(alone).float()
-        tolerance = float(wanted.abs().max()) * (0.05 if self.model.dtype != torch.float32 else 1e-3)
-        return bool((together.float() - wanted).abs().max() <= tolerance)
+        spread = (alone - alone.mean(-1, keepdim=True)).norm(dim=-1)
+        error = (together - alone).norm(dim=-1) / spread
+        # Rounding alone is 1e-6 in float32, and 0.1 after the 30 blocks of SmolLM2 in bfloat16; wrong masks are over 1.
+        return bool(error.max() <= (1e-3 if self.model.dtype == torch.float32 else 0.3))
 
     @torch.no_grad()
     def _find_logits_alone(self, ids: list[int]) -> Tensor:

@@ -19,7 +19,7 @@ COLUMN_STEP = 64
 
 
 class Slots(Cache):
-    """The cache of `num_rows` requests, given to the model as `past_key_values`."""
+    """The cache of `num_rows` requests, given to the model in the place of its own."""
 
     def __init__(self, num_layers: int, num_rows: int, device: torch.device):
         self.num_rows = num_rows
