@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -246,13 +246,6 @@ def engine(tiny_random: str, byte_tokenizer: PreTrainedTokenizerBase) -> Iterato
     made.close()
 
 
-async def collect(stream: AsyncIterator[Delta]) -> Delta:
-    whole = Delta()
-    async for delta in stream:
-        whole += delta
-    return whole
-
-
 def ask(text: str, num_new: int = 8, *, ignore_eos: bool = True) -> Generation:
     """A greedy request; the byte tokenizer's ids are bytes, in an order of their own."""
     return Generation(tuple(text.encode()), num_new, Sampling(temperature=0.0), ignore_eos=ignore_eos)
@@ -263,7 +256,7 @@ def test_greedy_output_is_that_of_generate(engine: Engine, tiny_random: str):
     for text in ("The sea", "a", "Once upon a time there was"):
         ids = torch.tensor([ask(text).prompt_ids])
         expected = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
-        found = asyncio.run(collect(engine.generate(ask(text, 20))))
+        found = asyncio.run(engine.generate(ask(text, 20)))
         assert [token.id for token in found.tokens] == expected.tolist()
 
 
@@ -271,21 +264,25 @@ def test_more_requests_than_rows_all_get_their_own_answer(engine: Engine):
     texts = [f"request {i} " * (i % 5 + 1) for i in range(11)]
 
     async def all_at_once() -> list[Delta]:
-        return list(await asyncio.gather(*(collect(engine.generate(ask(text, 3 + len(text) % 9))) for text in texts)))
+        return list(await asyncio.gather(*(engine.generate(ask(text, 3 + len(text) % 9)) for text in texts)))
 
-    alone = [asyncio.run(collect(engine.generate(ask(text, 3 + len(text) % 9)))) for text in texts]
+    alone = [asyncio.run(engine.generate(ask(text, 3 + len(text) % 9))) for text in texts]
     assert asyncio.run(all_at_once()) == alone
     assert engine.statistics.requests == 22
 
 
 def test_one_who_leaves_early_frees_the_row(engine: Engine):
     async def leave_early() -> None:
-        streams = [engine.generate(ask(f"{i}", 200)) for i in range(4)]
-        for stream in streams:
-            await anext(stream)
-        for stream in streams:
-            await stream.aclose()  # type: ignore[attr-defined]
-        answer = await asyncio.wait_for(collect(engine.generate(ask("last", 2))), 20)
+        first = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        tasks = [
+            asyncio.create_task(engine.generate(ask(f"{i}", 200), lambda _: loop.call_soon_threadsafe(first.set)))
+            for i in range(4)
+        ]
+        await first.wait()
+        for task in tasks:
+            task.cancel()
+        answer = await asyncio.wait_for(engine.generate(ask("last", 2)), 20)
         assert answer.finish_reason == "length"
 
     asyncio.run(leave_early())
@@ -294,15 +291,15 @@ def test_one_who_leaves_early_frees_the_row(engine: Engine):
 
 def test_what_does_not_fit_is_refused_with_the_numbers(engine: Engine):
     with pytest.raises(ValueError, match=r"context is 256 tokens; 3 in the prompt and 300 to generate are 303"):
-        asyncio.run(collect(engine.generate(ask("abc", 300))))
+        asyncio.run(engine.generate(ask("abc", 300)))
     with pytest.raises(ValueError, match="no tokens"):
-        asyncio.run(collect(engine.generate(ask(""))))
+        asyncio.run(engine.generate(ask("")))
 
 
 def test_the_end_token_ends_the_text(engine: Engine):
-    free = asyncio.run(collect(engine.generate(ask("abc", 5))))
+    free = asyncio.run(engine.generate(ask("abc", 5)))
     engine.end_tokens = frozenset({free.tokens[2].id})
-    ended = asyncio.run(collect(engine.generate(ask("abc", 5, ignore_eos=False))))
+    ended = asyncio.run(engine.generate(ask("abc", 5, ignore_eos=False)))
     assert (ended.finish_reason, ended.tokens) == (
         "stop",
         free.tokens[: [t.id for t in free.tokens].index(free.tokens[2].id) + 1],
@@ -312,7 +309,7 @@ def test_the_end_token_ends_the_text(engine: Engine):
 def test_echo_scores_the_prompt(engine: Engine, tiny_random: str):
     ids = tuple(engine.tokenizer("abcd")["input_ids"])
     request = Generation(ids, 0, Sampling(num_logprobs=1), echo=True)
-    answer = asyncio.run(collect(engine.generate(request)))
+    answer = asyncio.run(engine.generate(request))
     model = load_model(tiny_random, dtype="float32")
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([request.prompt_ids])).logits.log_softmax(-1)[0]
@@ -330,4 +327,4 @@ def test_an_engine_that_fails_says_so_to_all(engine: Engine, monkeypatch: pytest
     monkeypatch.setattr(engine.decoder, "step", fail)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no memory left"):
-            asyncio.run(collect(engine.generate(ask("abc", 5))))
+            asyncio.run(engine.generate(ask("abc", 5)))

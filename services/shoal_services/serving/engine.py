@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,8 +42,15 @@ class Engine:
     Raises what `make_decoder` raises.
     """
 
-    def __init__(self, make_decoder: Callable[[], BatchedDecoder], tokenizer: PreTrainedTokenizerBase, *, max_context: int):
-        self.tokenizer, self.max_context = tokenizer, max_context
+    def __init__(
+        self,
+        make_decoder: Callable[[], BatchedDecoder],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_context: int,
+        after_step: Callable[[], object] = lambda: None,
+    ):
+        self.tokenizer, self.max_context, self._after_step = tokenizer, max_context, after_step
         self.statistics = EngineStatistics()
         self.failure: Exception | None = None
         self._waiting: deque[Running] = deque()
@@ -57,36 +64,33 @@ class Engine:
         if self.failure is not None:
             raise self.failure
 
-    async def generate(self, request: Generation) -> AsyncIterator[Delta]:
-        """The text's pieces. Leaving the iterator early frees the request's row.
+    async def generate(self, request: Generation, listen: Callable[[Delta], object] = lambda _delta: None) -> Delta:
+        """The whole answer; `listen` hears its pieces as they are made, on the engine's thread.
 
-        Raises ValueError if prompt and new tokens exceed the context.
+        Cancelling it frees the request's row. Raises ValueError if prompt and new tokens exceed the context.
         """
         self._check(request)
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue()  # type: ignore[var-annotated]
-        running = Running(
-            request,
-            lambda item: loop.call_soon_threadsafe(queue.put_nowait, item),
-            TextStream(self.tokenizer, request.stop),
-            Sampler(request.sampling),
-        )
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        deltas: list[Delta] = []
+
+        def emit(item: Delta | Exception) -> None:
+            if isinstance(item, Delta):
+                deltas.append(item)
+                listen(item)
+            if isinstance(item, Exception) or item.finish_reason is not None:
+                loop.call_soon_threadsafe(_settle, done, item)
+
+        running = Running(request, emit, TextStream(self.tokenizer, request.stop), Sampler(request.sampling))
         with self._wake:
             self._waiting.append(running)
             self.statistics.requests += 1
             self._wake.notify()
         try:
-            while True:
-                item = await queue.get()
-                while not queue.empty() and not isinstance(item, Exception):
-                    later = queue.get_nowait()  # whoever reads slowly gets larger pieces
-                    item = later if isinstance(later, Exception) else item + later
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-                if item.finish_reason is not None:
-                    return
+            await done
         finally:
             running.cancelled = True
+        return Delta.join(deltas)
 
     def close(self) -> None:
         """Ends the thread after the step that is under way."""
@@ -118,6 +122,7 @@ class Engine:
                 self._admit()
                 if self._rows:
                     self._step()
+                self._after_step()
         except Exception as error:
             self.failure = error
             self._ready.set()
@@ -142,6 +147,7 @@ class Engine:
                 continue
             budget -= len(running.request.prompt_ids)
             self._start(running)
+            self._after_step()
         self.statistics.waiting, self.statistics.running = len(self._waiting), len(self._rows)
 
     def _start(self, running: Running) -> None:
@@ -211,3 +217,12 @@ class Engine:
         last = self.decoder.release(row)
         self._rows[row] = self._rows[last]
         self._rows.pop()
+
+
+def _settle(done: asyncio.Future[None], item: Delta | Exception) -> None:
+    if done.done():
+        return
+    if isinstance(item, Exception):
+        done.set_exception(item)
+    else:
+        done.set_result(None)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, cast
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
+import ray
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from shoal_services.serving.events import Pieces, count_tokens, write_events
-from shoal_services.serving.generation import Call, Piece
+from shoal_services.serving.answer import Answer
+from shoal_services.serving.channel import Inbox
+from shoal_services.serving.events import count_tokens, write_events
+from shoal_services.serving.generation import Call
 from shoal_services.serving.protocol import ChatRequest, ChatWriter, CompletionRequest, CompletionWriter, TokenizeRequest
 from shoal_services.serving.routes import Router
 from shoal_services.serving.settings import Limits
@@ -37,6 +42,7 @@ class Gateway:
         self.started_at = int(time.time())
         self.router = Router({}, {})
         self.handles: dict[str, DeploymentHandle] = {}
+        self.inbox = Inbox(ray.util.get_node_ip_address())
 
     def reconfigure(self, config: dict[str, Any]) -> None:
         """`variants`: public name → {app, and what the playground shows}; `routes`: name → weights."""
@@ -53,7 +59,7 @@ class Gateway:
             Call(
                 prompt, 16 if request.max_tokens is None else request.max_tokens,
                 request.sampling(request.logprobs, choice), request.stop_strings, request.ignore_eos,
-                bool(request.echo), bool(request.stream),
+                bool(request.echo),
             )
             for prompt in request.prompts
             for choice in range(request.n or 1)
@@ -68,7 +74,7 @@ class Gateway:
         calls = [
             Call(
                 messages, request.max_completion_tokens or request.max_tokens, request.sampling(num_logprobs, choice),
-                request.stop_strings, request.ignore_eos, False, bool(request.stream),
+                request.stop_strings, request.ignore_eos,
             )
             for choice in range(request.n or 1)
         ]  # fmt: skip
@@ -103,23 +109,30 @@ class Gateway:
     async def _answer(
         self, name: str, calls: list[Call], writer: CompletionWriter, request: CompletionRequest | ChatRequest
     ) -> Response:
-        streaming = self._handle(name).options(stream=True)
-        answers = [cast(Pieces, streaming.generate.remote(call)) for call in calls]
-        iterators = [aiter(answer) for answer in answers]
-        # The first pieces come before the status line: whatever is refused is refused with its own status.
-        firsts = await self._take_first(iterators)
         if not request.stream:
-            return JSONResponse(writer.answer([piece.delta for piece in firsts], count_tokens(firsts)))
+            responses = [self._handle(name).generate.remote(call) for call in calls]
+            async with self._refusals():
+                pieces = list(await asyncio.gather(*responses))
+            return JSONResponse(writer.answer([piece.delta for piece in pieces], count_tokens(pieces)))
+        answer = Answer(self.inbox, self._handle(name), calls, timeout_s=self.limits.timeout_s)
+        try:
+            # The first pieces come before the status line: whatever is refused is refused with its own status.
+            async with self._refusals():
+                await answer.take_firsts()
+        except BaseException:
+            answer.close()
+            raise
         wants_usage = request.stream_options is not None and request.stream_options.include_usage
-        events = write_events(list(firsts), iterators, writer, wants_usage)
+        events = write_events(answer, writer, wants_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
-    async def _take_first(self, iterators: list[Pieces]) -> list[Piece]:
-        """The first piece of each answer. Raises `QueueFull`, `VariantDown`, TimeoutError, or what a replica raised."""
+    @asynccontextmanager
+    async def _refusals(self) -> AsyncIterator[None]:
+        """Raises `QueueFull` and `VariantDown` for what Serve would say as plain text, and TimeoutError in time."""
         try:
             async with asyncio.timeout(self.limits.timeout_s):
-                return list(await asyncio.gather(*(anext(iterator) for iterator in iterators)))
-        except BackPressureError as error:  # Serve would answer these two itself, as plain text
+                yield
+        except BackPressureError as error:
             raise QueueFull("the variant's queue is full; try again in a moment") from error
         except DeploymentUnavailableError as error:
             raise VariantDown("the variant has no replica that can answer; try again in a moment") from error

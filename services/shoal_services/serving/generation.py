@@ -63,16 +63,22 @@ class Delta:
     finish_reason: FinishReason | None = None
     prompt_tokens: tuple[Token, ...] = ()
 
-    def __add__(self, later: Delta) -> Delta:
-        prompt_tokens = self.prompt_tokens + later.prompt_tokens
-        return Delta(self.text + later.text, self.tokens + later.tokens, later.finish_reason, prompt_tokens)
+    @classmethod
+    def join(cls, deltas: list[Delta]) -> Delta:
+        """One delta that says what all of them say."""
+        return cls(
+            text="".join(delta.text for delta in deltas),
+            tokens=tuple(token for delta in deltas for token in delta.tokens),
+            finish_reason=deltas[-1].finish_reason if deltas else None,
+            prompt_tokens=tuple(token for delta in deltas for token in delta.prompt_tokens),
+        )
 
 
 @dataclass(frozen=True)
 class Call:
     """What the gateway asks of a variant: a generation whose prompt is not in tokens yet.
 
-    `max_tokens` None means as many as the context leaves; without `stream` the answer comes in one piece.
+    `max_tokens` None means as many as the context leaves.
     """
 
     prompt: Prompt
@@ -81,7 +87,6 @@ class Call:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     echo: bool = False
-    stream: bool = False
 
 
 @dataclass(frozen=True)

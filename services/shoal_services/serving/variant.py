@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
 from typing import Any, cast
 
 from ray.serve.exceptions import RayServeException
 
+from shoal_services.serving.channel import Outbox, Reply
 from shoal_services.serving.generation import Call, Delta, Generation, Piece, Prompt
 from shoal_services.serving.meters import Meters, Stopwatch
 from shoal_services.serving.settings import Limits
@@ -31,24 +31,28 @@ class Variant:
             torch.set_num_threads(num_threads or os.cpu_count() or 1)  # Ray sets 1 where no CPU is reserved
             return BatchedDecoder(load_model(model, dtype=dtype), max_batch_size=self.limits.max_batch_size)
 
-        self.engine = Engine(make_decoder, self.tokenizer, max_context=self.limits.max_context)
+        self.outbox = Outbox()
+        self.engine = Engine(make_decoder, self.tokenizer, max_context=self.limits.max_context, after_step=self._tell_step)
         self.max_context = self.engine.max_context
 
-    async def generate(self, call: Call) -> AsyncIterator[Piece]:
-        """The answer's pieces. Raises ValueError for a prompt that does not fit or cannot be read."""
+    async def generate(self, call: Call, reply: Reply | None = None) -> Piece:
+        """The whole answer; with `reply`, its pieces go there while they are made, and what is returned is empty.
+
+        Raises ValueError for a prompt that does not fit or cannot be read.
+        """
         ids = self.encode(call.prompt)
         room = max(0, self.max_context - len(ids))
         max_tokens = min(room, self.limits.max_tokens) if call.max_tokens is None else call.max_tokens
         request = Generation(ids, max_tokens, call.sampling, call.stop, call.ignore_eos, call.echo)
-        whole, watch = Delta(), Stopwatch(self.meters, len(ids))
-        async for delta in self.engine.generate(request):
+        watch = Stopwatch(self.meters, len(ids))
+
+        def listen(delta: Delta) -> None:
             watch.hear(delta)
-            self.meters.show(self.engine.statistics)
-            if call.stream:
-                yield Piece(delta, len(ids))
-            whole += delta
-        if not call.stream:
-            yield Piece(whole, len(ids))
+            if reply is not None:
+                self.outbox.put(reply, Piece(delta, len(ids)))
+
+        whole = await self.engine.generate(request, listen)
+        return Piece(whole if reply is None else Delta(), len(ids))
 
     async def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> dict[str, Any]:
         """Token ids and their number, and the context's length. Raises ValueError for a chat without a template."""
@@ -70,6 +74,11 @@ class Variant:
         if outside:
             raise ValueError(f"token ids {outside[:5]} are outside the vocabulary of {len(self.tokenizer)} tokens")
         return ids
+
+    def _tell_step(self) -> None:
+        """Sends what a step has made. Runs on the engine's thread."""
+        self.outbox.flush()
+        self.meters.show(self.engine.statistics)
 
     def check_health(self) -> None:
         """Raises once the engine has failed: Serve then starts another replica."""

@@ -1,0 +1,83 @@
+"""The calls of one HTTP request, and what comes back of them piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from shoal_services.serving.channel import Inbox
+from shoal_services.serving.generation import Call, Piece
+
+# A call has returned: its last piece is on the way, unless a message was lost.
+LAST_PIECE_S = 5.0
+
+
+class Answer:
+    """The pieces of several calls to one variant, in the order in which they come.
+
+    Leaving it early cancels what is not finished, which frees the rows.
+    """
+
+    def __init__(self, inbox: Inbox, handle: DeploymentHandle, calls: list[Call], *, timeout_s: float):
+        self.num_calls, self.timeout_s = len(calls), timeout_s
+        self._inbox = inbox
+        self._queue: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
+        self._backlog: list[tuple[int, Piece]] = []
+        self._open = set(range(len(calls)))
+        self._replies = [inbox.open(functools.partial(self._hear, index)) for index in range(len(calls))]
+        self._responses = [
+            cast(DeploymentResponse[Any], handle.generate.remote(call, reply))
+            for call, reply in zip(calls, self._replies, strict=True)
+        ]
+        self._watches = [asyncio.create_task(self._watch(i, r)) for i, r in enumerate(self._responses)]
+
+    async def take_firsts(self) -> None:
+        """Waits for the first piece of every call; they stay in the answer. Raises what a call raises."""
+        seen: set[int] = set()
+        while len(seen) < self.num_calls:
+            index, piece = await self._take()
+            seen.add(index)
+            self._backlog.append((index, piece))
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Call numbers and pieces until all calls have finished. Raises TimeoutError if nothing comes for `timeout_s`."""
+        while self._open:
+            if self._backlog:
+                index, piece = self._backlog.pop(0)
+            else:
+                async with asyncio.timeout(self.timeout_s):
+                    index, piece = await self._take()
+            if piece.delta.finish_reason is not None:
+                self._open.discard(index)
+            yield index, piece
+
+    def close(self) -> None:
+        """Ends the calls that have not finished, and hears no more of them."""
+        for reply in self._replies:
+            self._inbox.close(reply)
+        for index in self._open:
+            if not self._watches[index].done():  # to cancel a call that Serve refused raises what it was refused with
+                self._watches[index].cancel()
+                self._responses[index].cancel()
+
+    def _hear(self, index: int, piece: Piece) -> None:
+        self._queue.put_nowait((index, piece))
+
+    async def _take(self) -> tuple[int, Piece]:
+        index, item = await self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return index, item
+
+    async def _watch(self, index: int, response: DeploymentResponse[Any]) -> None:
+        try:
+            await response
+            if index in self._open:
+                await asyncio.sleep(LAST_PIECE_S)
+                self._queue.put_nowait((index, ConnectionError("the answer's last piece did not arrive")))
+        except Exception as error:
+            self._queue.put_nowait((index, error))
