@@ -22,6 +22,7 @@ import ray
 import schemathesis
 from conftest import make_point
 from hypothesis import HealthCheck, given, settings
+from mlflow.entities import Run
 from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Recipe
 from shoal.store import save
@@ -30,7 +31,7 @@ from shoal_services.serving.deploy import Endpoint
 from shoal_services.serving.guard import Key, KeyRing, add_key
 from shoal_services.serving.load import Load, run_load
 from shoal_services.serving.routes import Router, UnknownModel
-from shoal_services.serving.settings import Limits, ServeSettings, VariantSettings
+from shoal_services.serving.settings import Limits, ServeSettings, ShadowSettings, VariantSettings
 from shoal_services.serving.sources import read_sources
 from shoal_services.tracking import Tracker
 
@@ -56,7 +57,7 @@ def folders(tiny_random: str, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 @pytest.fixture(scope="module")
-def endpoint(ray_cluster: None, folders: list[str]) -> Iterator[Endpoint]:
+def endpoint(ray_cluster: None, folders: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     made = Endpoint(
         ServeSettings(
             port=free_port(),
@@ -66,6 +67,8 @@ def endpoint(ray_cluster: None, folders: list[str]) -> Iterator[Endpoint]:
             },
             routes={"tiny": {"dense": 90, "balanced": 10}},
             limits=LIMITS,
+            results=tmp_path_factory.mktemp("results"),
+            report_every_s=0.5,
         )
     )
     made.start(lambda *_: None)
@@ -263,6 +266,55 @@ def test_the_answer_names_the_variant_that_a_route_chose(client: openai.OpenAI):
 ROUTED = {"model": "tiny", "prompt": "a", "max_tokens": 1}
 
 
+def find_runs(endpoint: Endpoint, **params: str) -> list[Run]:
+    """What MLflow has of these variants of routes, or shadows."""
+    if not (endpoint.settings.results / "tracking.position").exists():
+        return []  # two processes that make the same database get in each other's way
+    client = mlflow.MlflowClient(f"sqlite:///{endpoint.settings.results / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(endpoint.settings.experiment)
+    wanted = " and ".join(f"params.{name} = '{value}'" for name, value in params.items())
+    return list(client.search_runs([experiment.experiment_id], wanted)) if experiment else []
+
+
+def wait_for_metrics(endpoint: Endpoint, num_requests: int, **params: str) -> dict[str, float]:
+    """The metrics of the one run of that kind, once it counts so many requests."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        runs = find_runs(endpoint, **params)
+        if runs and runs[0].data.metrics.get("requests") == num_requests:
+            assert len(runs) == 1
+            return dict(runs[0].data.metrics)
+        time.sleep(0.2)
+    raise AssertionError(f"no run of {params} with {num_requests} requests: {[run.data.metrics for run in runs]}")
+
+
+def test_mlflow_shows_what_came_of_a_routes_requests(endpoint: Endpoint, client: openai.OpenAI):
+    dense = next(f"u{i}" for i in range(99) if Router({}, endpoint.settings.routes).choose("tiny", f"u{i}") == "dense")
+    before = find_runs(endpoint, route="tiny", variant="dense")
+    counted = int(before[0].data.metrics["requests"]) if before else 0
+    for stream in (False, True):
+        answer = client.completions.create(model="tiny", prompt="The sea", max_tokens=4, user=dense, stream=stream)
+        if stream:
+            list(answer)
+    metrics = wait_for_metrics(endpoint, counted + 2, route="tiny", variant="dense")
+    assert metrics["answered"] >= 2
+    assert metrics["latency_ms_p99"] >= metrics["latency_ms_p50"] > metrics["first_token_ms_mean"] / 2 > 0
+
+
+def test_a_shadow_of_the_same_weights_agrees(endpoint: Endpoint, client: openai.OpenAI):
+    before = endpoint.settings
+    endpoint.reconcile(before.model_copy(update={"shadows": {"dense": ShadowSettings(variant="balanced")}}))
+    for stream in (False, True):
+        answer = client.completions.create(model="dense", prompt="A ship", max_tokens=8, temperature=0, stream=stream)
+        if stream:
+            list(answer)
+    client.completions.create(model="dense", prompt="A ship", max_tokens=8, temperature=1)  # chance is not compared
+    metrics = wait_for_metrics(endpoint, 2, shadow="dense", variant="balanced")
+    assert metrics["agreement"] == metrics["identical"] == 1
+    assert metrics["shadow_latency_ms_mean"] > 0 and metrics["latency_ms_mean"] > 0
+    endpoint.reconcile(before)
+
+
 # Under load
 
 
@@ -442,6 +494,13 @@ def test_a_searchs_folder_gives_its_variants_also_after_it_was_moved(tmp_path: P
 def test_sources_that_are_not_there_are_said_at_once(sources: list[str], says: str):
     with pytest.raises(ValueError, match=says):
         read_sources(sources)
+
+
+def test_shadows_must_be_other_variants():
+    variants = {name: VariantSettings(model="m") for name in ("a", "b")}
+    for name, shadow, says in (("a", "c", "no variant 'c'"), ("c", "a", "no variant 'c'"), ("a", "a", "own shadow")):
+        with pytest.raises(ValueError, match=says):
+            ServeSettings(variants=variants, shadows={name: ShadowSettings(variant=shadow)})
 
 
 def test_routes_must_lead_somewhere():

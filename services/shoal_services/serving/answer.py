@@ -10,7 +10,8 @@ from typing import Any, cast
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from shoal_services.serving.channel import Inbox
-from shoal_services.serving.generation import Call, Piece
+from shoal_services.serving.course import Course
+from shoal_services.serving.generation import Piece
 
 # A call has returned: its last piece is on the way, unless a message was lost.
 LAST_PIECE_S = 5.0
@@ -22,16 +23,16 @@ class Answer:
     Leaving it early cancels what is not finished, which frees the rows.
     """
 
-    def __init__(self, inbox: Inbox, handle: DeploymentHandle, calls: list[Call], *, timeout_s: float):
-        self.num_calls, self.timeout_s = len(calls), timeout_s
-        self._inbox = inbox
+    def __init__(self, inbox: Inbox, handle: DeploymentHandle, course: Course, *, timeout_s: float):
+        self.num_calls, self.timeout_s = len(course.calls), timeout_s
+        self._inbox, self._course, self._failed = inbox, course, False
         self._queue: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
         self._backlog: list[tuple[int, Piece]] = []
-        self._open = set(range(len(calls)))
-        self._replies = [inbox.open(functools.partial(self._hear, index)) for index in range(len(calls))]
+        self._open = set(range(self.num_calls))
+        self._replies = [inbox.open(functools.partial(self._hear, index)) for index in range(self.num_calls)]
         self._responses = [
             cast(DeploymentResponse[Any], handle.generate.remote(call, reply))
-            for call, reply in zip(calls, self._replies, strict=True)
+            for call, reply in zip(course.calls, self._replies, strict=True)
         ]
         self._watches = [asyncio.create_task(self._watch(i, r)) for i, r in enumerate(self._responses)]
 
@@ -49,14 +50,22 @@ class Answer:
             if self._backlog:
                 index, piece = self._backlog.pop(0)
             else:
-                async with asyncio.timeout(self.timeout_s):
-                    index, piece = await self._take()
+                index, piece = await self._take_in_time()
             if piece.delta.finish_reason is not None:
                 self._open.discard(index)
             yield index, piece
 
+    async def _take_in_time(self) -> tuple[int, Piece]:
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await self._take()
+        except TimeoutError as error:
+            self._failed = True
+            raise TimeoutError(f"nothing more came for {self.timeout_s:g} s") from error
+
     def close(self) -> None:
         """Ends the calls that have not finished, and hears no more of them."""
+        self._course.end("failed" if self._failed else "left" if self._open else "answered")
         for reply in self._replies:
             self._inbox.close(reply)
         for index in self._open:
@@ -70,7 +79,9 @@ class Answer:
     async def _take(self) -> tuple[int, Piece]:
         index, item = await self._queue.get()
         if isinstance(item, BaseException):
+            self._failed = True
             raise item
+        self._course.hear(index, item)
         return index, item
 
     async def _watch(self, index: int, response: DeploymentResponse[Any]) -> None:

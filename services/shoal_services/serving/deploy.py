@@ -22,12 +22,13 @@ from shoal_services.cluster import connect
 from shoal_services.registry import REGISTRY, find_registered
 from shoal_services.serving.gateway import Gateway
 from shoal_services.serving.guard import KeyRing
+from shoal_services.serving.observer import Observer
 from shoal_services.serving.settings import ServeSettings
 from shoal_services.serving.sources import find_version
 from shoal_services.serving.variant import Variant
 from shoal_services.serving.web import make_app
 
-GATEWAY = "gateway"
+GATEWAY, OBSERVER = "gateway", "observer"
 DRAIN_S = 30.0
 CODE_VERSION = "1"
 
@@ -49,6 +50,7 @@ class Endpoint:
         self._broken: set[str] = set()
         self._said: set[str] = set()
         self._started_ray = False
+        self._observed = False
         self._told: tuple[dict[str, Any], list[Any]] | None = None
 
     @property
@@ -127,12 +129,25 @@ class Endpoint:
     def _retire(self) -> None:
         """Ends applications that no variant has used for `rollback_s`; their requests finish first."""
         in_use, now = {served.app for served in self.served.values()}, time.monotonic()
-        for app in set(serve.status().applications) - in_use - {GATEWAY}:
+        for app in set(serve.status().applications) - in_use - {GATEWAY, OBSERVER}:
             if now - self._idle_since.setdefault(app, now) > self.settings.rollback_s:
                 serve.delete(app, _blocking=False)
                 del self._idle_since[app]
         for app in in_use & set(self._idle_since):
             del self._idle_since[app]
+
+    def _observe(self) -> str | None:
+        """Deploys the observer where there is something to observe; its application's name."""
+        settings = self.settings
+        if not (settings.routes or settings.shadows):
+            return None
+        if not self._observed:
+            arguments = str(settings.results.resolve()), settings.tracking_uri, settings.experiment, settings.report_every_s
+            deployment = cast(serve.Deployment, serve.deployment(Observer)).options(ray_actor_options={"num_cpus": 0})
+            session = time.strftime("%Y-%m-%d %H:%M:%S")
+            serve.run(deployment.bind(*arguments, session), name=OBSERVER, route_prefix=None)
+            self._observed = True
+        return OBSERVER
 
     def _tell_gateway(self) -> None:
         """Deploys the gateway, or tells it what changed: with an equal version Serve only calls `reconfigure`."""
@@ -144,7 +159,8 @@ class Endpoint:
             }
             for name, served in self.served.items()
         }
-        config = {"variants": variants, "routes": self.settings.routes}
+        shadows = {name: shadow.model_dump() for name, shadow in self.settings.shadows.items()}
+        config = {"variants": variants, "routes": self.settings.routes, "shadows": shadows, "observer": self._observe()}
         keys = KeyRing.load(self.settings.keys) if self.settings.keys else KeyRing([])
         limits = self.settings.limits
         fixed = [CODE_VERSION, limits.model_dump(), [key.model_dump() for key in keys.keys]]
@@ -194,8 +210,9 @@ def _make_variant(name: str, place: str, settings: ServeSettings) -> serve.Appli
         }  # fmt: skip
     deployment = cast(serve.Deployment, serve.deployment(Variant)).options(
         name="variant",
-        max_ongoing_requests=2 * limits.max_batch_size,
-        max_queued_requests=limits.max_queued,
+        # Some wait in the replica, so that a row that is free finds its next request there.
+        max_ongoing_requests=limits.max_batch_size + min(limits.max_batch_size, limits.max_queued),
+        max_queued_requests=max(1, limits.max_queued),  # Serve refuses everything at 0
         ray_actor_options={"num_cpus": variant.cpus_per_replica, "num_gpus": variant.gpus_per_replica},
         max_constructor_retry_count=2,
         health_check_period_s=2,

@@ -16,11 +16,13 @@ from ray.serve.handle import DeploymentHandle
 
 from shoal_services.serving.answer import Answer
 from shoal_services.serving.channel import Inbox
+from shoal_services.serving.course import Course
 from shoal_services.serving.events import count_tokens, write_events
+from shoal_services.serving.experiments import Experiments
 from shoal_services.serving.generation import Call
 from shoal_services.serving.protocol import ChatRequest, ChatWriter, CompletionRequest, CompletionWriter, TokenizeRequest
 from shoal_services.serving.routes import Router
-from shoal_services.serving.settings import Limits
+from shoal_services.serving.settings import Limits, ShadowSettings
 
 
 class QueueFull(Exception):
@@ -43,14 +45,19 @@ class Gateway:
         self.router = Router({}, {})
         self.handles: dict[str, DeploymentHandle] = {}
         self.inbox = Inbox(ray.util.get_node_ip_address())
+        self.experiments = Experiments({}, self._handle, None)
 
     def reconfigure(self, config: dict[str, Any]) -> None:
-        """`variants`: public name → {app, and what the playground shows}; `routes`: name → weights."""
+        """`variants`: public name → {app, and what the playground shows}; `routes`: name → weights; `shadows`: variant →
+        {variant, share}; `observer`: the application that hears of both."""
         self.router = Router(config.get("variants", {}), config.get("routes", {}))
         self.handles = {
             card["app"]: self.handles.get(card["app"]) or serve.get_app_handle(card["app"])
             for card in self.router.variants.values()
         }
+        shadows = {name: ShadowSettings.model_validate(shadow) for name, shadow in config.get("shadows", {}).items()}
+        observer = serve.get_app_handle(config["observer"]) if config.get("observer") else None
+        self.experiments = Experiments(shadows, self._handle, observer)
 
     async def complete(self, request: CompletionRequest) -> Response:
         """/v1/completions."""
@@ -109,15 +116,19 @@ class Gateway:
     async def _answer(
         self, name: str, calls: list[Call], writer: CompletionWriter, request: CompletionRequest | ChatRequest
     ) -> Response:
+        route = request.model if request.model in self.router.routes else None
+        course = self.experiments.begin(name, route, calls)
         if not request.stream:
-            responses = [self._handle(name).generate.remote(call) for call in calls]
-            async with self._refusals():
-                pieces = list(await asyncio.gather(*responses))
+            async with self._refusals(course):
+                pieces = list(await asyncio.gather(*(self._handle(name).generate.remote(call) for call in calls)))
+            for index, piece in enumerate(pieces):
+                course.hear(index, piece)
+            course.end("answered")
             return JSONResponse(writer.answer([piece.delta for piece in pieces], count_tokens(pieces)))
-        answer = Answer(self.inbox, self._handle(name), calls, timeout_s=self.limits.timeout_s)
+        answer = Answer(self.inbox, self._handle(name), course, timeout_s=self.limits.timeout_s)
         try:
             # The first pieces come before the status line: whatever is refused is refused with its own status.
-            async with self._refusals():
+            async with self._refusals(course):
                 await answer.take_firsts()
         except BaseException:
             answer.close()
@@ -127,12 +138,20 @@ class Gateway:
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
     @asynccontextmanager
-    async def _refusals(self) -> AsyncIterator[None]:
+    async def _refusals(self, course: Course) -> AsyncIterator[None]:
         """Raises `QueueFull` and `VariantDown` for what Serve would say as plain text, and TimeoutError in time."""
         try:
             async with asyncio.timeout(self.limits.timeout_s):
                 yield
         except BackPressureError as error:
+            course.end("refused")
             raise QueueFull("the variant's queue is full; try again in a moment") from error
         except DeploymentUnavailableError as error:
+            course.end("failed")
             raise VariantDown("the variant has no replica that can answer; try again in a moment") from error
+        except asyncio.CancelledError:
+            course.end("left")
+            raise
+        except Exception:
+            course.end("failed")
+            raise

@@ -14,7 +14,9 @@ class Limits(Value):
     """What a variant takes on. Whatever is over a limit is refused: too long with 400, too much at once with 429."""
 
     max_batch_size: int = Field(default=32, ge=1, le=1024, description="requests generated at once by a replica")
-    max_queued: int = Field(default=64, ge=0, description="requests that wait for a variant, at each gateway")
+    max_queued: int = Field(
+        default=64, ge=0, description="requests that wait at each gateway, beside a batch in the replica; few bound latency"
+    )
     max_context: int = Field(default=2048, ge=16, description="tokens of prompt and answer")
     max_tokens: int = Field(default=512, ge=1, description="tokens of an answer that names no limit")
     max_body_bytes: int = Field(default=2**20, ge=1024)
@@ -44,16 +46,29 @@ class VariantSettings(Value):
         return self
 
 
+class ShadowSettings(Value):
+    """The variant that gets a share of another's requests too. Nobody sees its answers; they are compared."""
+
+    variant: str
+    share: float = Field(default=1.0, gt=0, le=1)
+
+
 class ServeSettings(Value):
     """Everything that `shoal serve` needs to know.
 
-    `routes` maps a public model name to variants and their weights: `{smollm2: {dense: 90, balanced: 10}}`.
+    `routes` maps a public model name to variants and their weights: `{smollm2: {dense: 90, balanced: 10}}`; `shadows` a
+    variant to another that gets a share of its requests too: `{dense: {variant: balanced, share: 0.1}}`. What both show
+    goes to MLflow, by way of `results`.
     """
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     variants: dict[str, VariantSettings] = Field(min_length=1)
     routes: dict[str, dict[str, float]] = Field(default={})
+    shadows: dict[str, ShadowSettings] = Field(default={})
+    results: Path = Field(default=Path("shoal-runs/serving"), description="folder for what routes and shadows show")
+    experiment: str = Field(default="shoal-serving", description="MLflow experiment for what routes and shadows show")
+    report_every_s: float = Field(default=30.0, gt=0)
     keys: Path | None = Field(default=None, description="file of hashed API keys, made by `shoal keys`")
     allow_anonymous: bool = Field(default=False, description="serve beyond this machine without keys")
     gateways: int = Field(default=1, ge=1)
@@ -73,6 +88,16 @@ class ServeSettings(Value):
                 raise ValueError(f"route {route!r} leads to unknown variants {unknown}; there are {sorted(self.variants)}")
             if min(weights.values()) < 0 or sum(weights.values()) <= 0:
                 raise ValueError(f"route {route!r}: weights must be 0 or more, and not all 0")
+        return self
+
+    @model_validator(mode="after")
+    def _shadows_have_variants(self) -> Self:
+        for name, shadow in self.shadows.items():
+            for variant in (name, shadow.variant):
+                if variant not in self.variants:
+                    raise ValueError(f"shadows: there is no variant {variant!r}; there are {sorted(self.variants)}")
+            if name == shadow.variant:
+                raise ValueError(f"shadows: variant {name!r} cannot be its own shadow")
         return self
 
     @model_validator(mode="after")
