@@ -16,7 +16,7 @@ from shoal.models import load_model, load_tokenizer
 from shoal.replace import AffineMap, Replacement, apply_replacement
 from shoal_services.serving.decoder import BatchedDecoder
 from shoal_services.serving.engine import Engine
-from shoal_services.serving.generation import Delta, Generation, Sampling
+from shoal_services.serving.generation import Delta, Generation, QueueFull, Sampling
 from shoal_services.serving.sampling import Sampler
 from shoal_services.serving.text_stream import TextStream
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -294,6 +294,17 @@ def test_what_does_not_fit_is_refused_with_the_numbers(engine: Engine):
         asyncio.run(engine.generate(ask("abc", 300)))
     with pytest.raises(ValueError, match="no tokens"):
         asyncio.run(engine.generate(ask("")))
+
+
+def test_what_is_over_the_rows_and_the_queue_is_refused_at_once(engine: Engine):
+    async def all_at_once() -> list[Delta | BaseException]:
+        asked = (engine.generate(ask(f"{i}", 40)) for i in range(10))
+        return list(await asyncio.gather(*asked, return_exceptions=True))
+
+    engine.max_waiting = 3
+    answers = asyncio.run(all_at_once())
+    assert [type(answer) for answer in answers] == [Delta] * 7 + [QueueFull] * 3
+    assert isinstance(asyncio.run(engine.generate(ask("later", 2))), Delta)
 
 
 def test_the_end_token_ends_the_text(engine: Engine):

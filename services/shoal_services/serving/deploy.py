@@ -30,6 +30,8 @@ from shoal_services.serving.web import make_app
 
 GATEWAY, OBSERVER = "gateway", "observer"
 DRAIN_S = 30.0
+# Calls on their way to being refused by a replica.
+REFUSED_AT_ONCE = 16
 CODE_VERSION = "1"
 
 
@@ -210,8 +212,8 @@ def _make_variant(name: str, place: str, settings: ServeSettings) -> serve.Appli
         }  # fmt: skip
     deployment = cast(serve.Deployment, serve.deployment(Variant)).options(
         name="variant",
-        # Some wait in the replica, so that a row that is free finds its next request there.
-        max_ongoing_requests=limits.max_batch_size + min(limits.max_batch_size, limits.max_queued),
+        # The replica itself refuses what is over its limits; behind this, requests wait only where none is up.
+        max_ongoing_requests=limits.max_batch_size + limits.max_queued + REFUSED_AT_ONCE,
         max_queued_requests=max(1, limits.max_queued),  # Serve refuses everything at 0
         ray_actor_options={"num_cpus": variant.cpus_per_replica, "num_gpus": variant.gpus_per_replica},
         max_constructor_retry_count=2,

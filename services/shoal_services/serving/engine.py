@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from shoal_services.serving.decoder import BatchedDecoder
-from shoal_services.serving.generation import Delta, EngineStatistics, FinishReason, Generation, Token
+from shoal_services.serving.generation import Delta, EngineStatistics, FinishReason, Generation, QueueFull, Token
 from shoal_services.serving.sampling import Sampler, describe_token
 from shoal_services.serving.text_stream import TextStream
 
@@ -48,9 +49,11 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_context: int,
+        max_waiting: int = sys.maxsize,
         after_step: Callable[[], object] = lambda: None,
     ):
-        self.tokenizer, self.max_context, self._after_step = tokenizer, max_context, after_step
+        self.tokenizer, self.max_context, self.max_waiting = tokenizer, max_context, max_waiting
+        self._after_step = after_step
         self.statistics = EngineStatistics()
         self.failure: Exception | None = None
         self._waiting: deque[Running] = deque()
@@ -67,7 +70,8 @@ class Engine:
     async def generate(self, request: Generation, listen: Callable[[Delta], object] = lambda _delta: None) -> Delta:
         """The whole answer; `listen` hears its pieces as they are made, on the engine's thread.
 
-        Cancelling it frees the request's row. Raises ValueError if prompt and new tokens exceed the context.
+        Cancelling it frees the request's row. Raises ValueError if prompt and new tokens exceed the context, `QueueFull`
+        if all rows are taken and `max_waiting` requests wait.
         """
         self._check(request)
         loop = asyncio.get_running_loop()
@@ -83,6 +87,8 @@ class Engine:
 
         running = Running(request, emit, TextStream(self.tokenizer, request.stop), Sampler(request.sampling))
         with self._wake:
+            if len(self._rows) + len(self._waiting) >= self.decoder.max_batch_size + self.max_waiting:
+                raise QueueFull(f"{len(self._rows)} requests run and {len(self._waiting)} wait")
             self._waiting.append(running)
             self.statistics.requests += 1
             self._wake.notify()

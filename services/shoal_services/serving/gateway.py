@@ -19,14 +19,10 @@ from shoal_services.serving.channel import Inbox
 from shoal_services.serving.course import Course
 from shoal_services.serving.events import count_tokens, write_events
 from shoal_services.serving.experiments import Experiments
-from shoal_services.serving.generation import Call
+from shoal_services.serving.generation import Call, QueueFull
 from shoal_services.serving.protocol import ChatRequest, ChatWriter, CompletionRequest, CompletionWriter, TokenizeRequest
 from shoal_services.serving.routes import Router
 from shoal_services.serving.settings import Limits, ShadowSettings
-
-
-class QueueFull(Exception):
-    """A variant has as many requests as its limits allow."""
 
 
 class VariantDown(Exception):
@@ -143,7 +139,7 @@ class Gateway:
         try:
             async with asyncio.timeout(self.limits.timeout_s):
                 yield
-        except BackPressureError as error:
+        except (QueueFull, BackPressureError) as error:
             course.end("refused")
             raise QueueFull("the variant's queue is full; try again in a moment") from error
         except DeploymentUnavailableError as error:

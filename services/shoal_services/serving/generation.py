@@ -10,6 +10,10 @@ FinishReason = Literal["stop", "length"]
 Prompt = str | tuple[int, ...] | tuple[dict[str, str], ...]
 
 
+class QueueFull(Exception):
+    """As many requests run and wait as the limits allow."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are picked. Temperature 0 takes the most likely token; `top_k` 0 and `top_p` 1 keep all tokens.

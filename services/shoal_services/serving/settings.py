@@ -14,9 +14,7 @@ class Limits(Value):
     """What a variant takes on. Whatever is over a limit is refused: too long with 400, too much at once with 429."""
 
     max_batch_size: int = Field(default=32, ge=1, le=1024, description="requests generated at once by a replica")
-    max_queued: int = Field(
-        default=64, ge=0, description="requests that wait at each gateway, beside a batch in the replica; few bound latency"
-    )
+    max_queued: int = Field(default=64, ge=0, description="requests that wait in a replica; few bound the latency")
     max_context: int = Field(default=2048, ge=16, description="tokens of prompt and answer")
     max_tokens: int = Field(default=512, ge=1, description="tokens of an answer that names no limit")
     max_body_bytes: int = Field(default=2**20, ge=1024)

@@ -32,13 +32,16 @@ class Variant:
             return BatchedDecoder(load_model(model, dtype=dtype), max_batch_size=self.limits.max_batch_size)
 
         self.outbox = Outbox()
-        self.engine = Engine(make_decoder, self.tokenizer, max_context=self.limits.max_context, after_step=self._tell_step)
+        self.engine = Engine(
+            make_decoder, self.tokenizer, max_context=self.limits.max_context, max_waiting=self.limits.max_queued,
+            after_step=self._tell_step,
+        )  # fmt: skip
         self.max_context = self.engine.max_context
 
     async def generate(self, call: Call, reply: Reply | None = None) -> Piece:
         """The whole answer; with `reply`, its pieces go there while they are made, and what is returned is empty.
 
-        Raises ValueError for a prompt that does not fit or cannot be read.
+        Raises ValueError for a prompt that does not fit or cannot be read, `QueueFull` if too many wait.
         """
         ids = self.encode(call.prompt)
         room = max(0, self.max_context - len(ids))

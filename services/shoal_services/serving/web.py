@@ -15,7 +15,8 @@ from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
 from shoal_services.serving.events import first_line
-from shoal_services.serving.gateway import Gateway, QueueFull, VariantDown
+from shoal_services.serving.gateway import Gateway, VariantDown
+from shoal_services.serving.generation import QueueFull
 from shoal_services.serving.guard import BodyLimit, KeyRing, check_key
 from shoal_services.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest, make_error
 from shoal_services.serving.routes import UnknownModel
