@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 # A build of torch that is there already stays; a CPU build keeps CUDA packages away.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow lint bench reliability clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       set up, and search the frontier of SmolLM2-135M (about ten minutes on two cores)"
-	@echo "make test       set up, and run linter, type check and fast tests"
-	@echo "make test-slow  the tests that take minutes"
-	@echo "make bench      speed and memory, as ratios measured in one run"
+	@echo "make demo         set up, and search the frontier of SmolLM2-135M (about ten minutes on two cores)"
+	@echo "make test         set up, and run linter, type check and fast tests"
+	@echo "make test-slow    the tests that take minutes"
+	@echo "make bench        speed and memory, as ratios measured in one run"
+	@echo "make reliability  faults and overload put on a served model, and what came of them"
 
 setup: $(VENV)/.installed
 
@@ -47,6 +48,9 @@ test-slow: setup
 
 bench: setup
 	$(BIN)/python tests/bench.py
+
+reliability: setup
+	$(BIN)/python tests/reliability.py
 
 clean:
 	rm -rf $(VENV) shoal-runs

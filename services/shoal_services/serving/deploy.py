@@ -221,7 +221,7 @@ def _make_variant(name: str, place: str, settings: ServeSettings) -> serve.Appli
         graceful_shutdown_timeout_s=DRAIN_S,
         **scaling,
     )
-    return deployment.bind(name, place, variant.dtype, limits.model_dump(), int(variant.cpus_per_replica) or None)
+    return deployment.bind(name, place, variant.model_dump(), limits.model_dump())
 
 
 def _find_problem(app: str) -> str | None:

@@ -73,7 +73,9 @@ class Engine:
         Cancelling it frees the request's row. Raises ValueError if prompt and new tokens exceed the context, `QueueFull`
         if all rows are taken and `max_waiting` requests wait.
         """
-        self._check(request)
+        if self.failure is not None:
+            raise RuntimeError(f"the engine has failed: {self.failure}")
+        request.check_length(self.max_context)
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         deltas: list[Delta] = []
@@ -104,18 +106,6 @@ class Engine:
             self._closed = True
             self._wake.notify()
         self._thread.join()
-
-    def _check(self, request: Generation) -> None:
-        if self.failure is not None:
-            raise RuntimeError(f"the engine has failed: {self.failure}")
-        if not request.prompt_ids:
-            raise ValueError("the prompt has no tokens; give it some text")
-        wanted = len(request.prompt_ids) + request.max_tokens
-        if wanted > self.max_context:
-            raise ValueError(
-                f"this model's context is {self.max_context} tokens; {len(request.prompt_ids)} in the prompt and "
-                f"{request.max_tokens} to generate are {wanted}; shorten the prompt or lower max_tokens"
-            )
 
     def _run(self, make_decoder: Callable[[], BatchedDecoder]) -> None:
         try:

@@ -43,6 +43,17 @@ class Generation:
     ignore_eos: bool = False
     echo: bool = False
 
+    def check_length(self, max_context: int) -> None:
+        """Raises ValueError if there is no prompt, or if prompt and answer exceed the context."""
+        if not self.prompt_ids:
+            raise ValueError("the prompt has no tokens; give it some text")
+        wanted = len(self.prompt_ids) + self.max_tokens
+        if wanted > max_context:
+            raise ValueError(
+                f"this model's context is {max_context} tokens; {len(self.prompt_ids)} in the prompt and "
+                f"{self.max_tokens} to generate are {wanted}; shorten the prompt or lower max_tokens"
+            )
+
 
 @dataclass(frozen=True)
 class Token:

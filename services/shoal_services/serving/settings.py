@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 from shoal.recipe import Value
+
+# What other settings say, and what nothing may switch on: code from a model's folder is never run.
+FIXED_OPTIONS = {"model", "tokenizer", "dtype", "max_model_len", "max_num_seqs", "trust_remote_code"}
 
 
 class Limits(Value):
@@ -29,6 +32,8 @@ class VariantSettings(Value):
 
     model: str = Field(min_length=1)
     dtype: str | None = None
+    engine: Literal["transformers", "vllm"] = "transformers"
+    engine_options: dict[str, Any] = Field(default={}, description="vLLM's engine arguments, as `tensor_parallel_size: 2`")
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
     idle_s: float = Field(default=600.0, gt=0)
@@ -41,6 +46,14 @@ class VariantSettings(Value):
     def _ordered(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        return self
+
+    @model_validator(mode="after")
+    def _options_are_for_vllm(self) -> Self:
+        if self.engine_options and self.engine != "vllm":
+            raise ValueError(f"engine_options are vLLM's; with engine {self.engine!r} they would do nothing")
+        if fixed := sorted(FIXED_OPTIONS & set(self.engine_options)):
+            raise ValueError(f"engine_options cannot set {', '.join(fixed)}: other settings do, or nothing may")
         return self
 
 

@@ -3,40 +3,60 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ray.serve.exceptions import RayServeException
 
 from shoal_services.serving.channel import Outbox, Reply
 from shoal_services.serving.generation import Call, Delta, Generation, Piece, Prompt
 from shoal_services.serving.meters import Meters, Stopwatch
-from shoal_services.serving.settings import Limits
+from shoal_services.serving.settings import Limits, VariantSettings
+
+if TYPE_CHECKING:
+    from shoal_services.serving.engine import Engine
+    from shoal_services.serving.vllm_engine import VllmEngine
 
 
 class Variant:
     """Answers calls for one model. Heavy imports wait until a replica starts."""
 
-    def __init__(self, name: str, model: str, dtype: str | None, limits: dict[str, Any], num_threads: int | None):
+    def __init__(self, name: str, model: str, variant: dict[str, Any], limits: dict[str, Any]):
+        from shoal.models import load_tokenizer
+
+        settings = VariantSettings.model_validate(variant)
+        self.meters = Meters(name)
+        self.limits = Limits.model_validate(limits)
+        self.tokenizer = load_tokenizer(model)
+        self.outbox = Outbox()
+        make_engine = self._start_vllm if settings.engine == "vllm" else self._start_engine
+        self.engine = make_engine(model, settings)
+        self.max_context = self.engine.max_context
+
+    def _start_engine(self, model: str, settings: VariantSettings) -> Engine:
         import torch
-        from shoal.models import load_model, load_tokenizer
+        from shoal.models import load_model
 
         from shoal_services.serving.decoder import BatchedDecoder
         from shoal_services.serving.engine import Engine
 
-        self.meters = Meters(name)
-        self.limits = Limits.model_validate(limits)
-        self.tokenizer = load_tokenizer(model)
-
         def make_decoder() -> BatchedDecoder:
-            torch.set_num_threads(num_threads or os.cpu_count() or 1)  # Ray sets 1 where no CPU is reserved
-            return BatchedDecoder(load_model(model, dtype=dtype), max_batch_size=self.limits.max_batch_size)
+            # Ray sets 1 where no CPU is reserved.
+            torch.set_num_threads(int(settings.cpus_per_replica) or os.cpu_count() or 1)
+            return BatchedDecoder(load_model(model, dtype=settings.dtype), max_batch_size=self.limits.max_batch_size)
 
-        self.outbox = Outbox()
-        self.engine = Engine(
-            make_decoder, self.tokenizer, max_context=self.limits.max_context, max_waiting=self.limits.max_queued,
+        limits = self.limits
+        return Engine(
+            make_decoder, self.tokenizer, max_context=limits.max_context, max_waiting=limits.max_queued,
             after_step=self._tell_step,
         )  # fmt: skip
-        self.max_context = self.engine.max_context
+
+    def _start_vllm(self, model: str, settings: VariantSettings) -> VllmEngine:
+        from shoal.models import ALIASES, convert_packaged
+
+        from shoal_services.serving.vllm_engine import VllmEngine
+
+        folder = str(convert_packaged(model)) if model in ALIASES else model
+        return VllmEngine(folder, settings, self.limits, self.tokenizer, self._tell_step)
 
     async def generate(self, call: Call, reply: Reply | None = None) -> Piece:
         """The whole answer; with `reply`, its pieces go there while they are made, and what is returned is empty.
@@ -79,7 +99,7 @@ class Variant:
         return ids
 
     def _tell_step(self) -> None:
-        """Sends what a step has made. Runs on the engine's thread."""
+        """Sends what a step has made. Runs where pieces are heard: on the engine's thread, or vLLM's event loop."""
         self.outbox.flush()
         self.meters.show(self.engine.statistics)
 

@@ -1,0 +1,148 @@
+"""vLLM behind the same interface as `engine`: requests in, pieces of text out."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from shoal_services.serving.generation import Delta, EngineStatistics, FinishReason, Generation, QueueFull, Token
+from shoal_services.serving.settings import Limits, VariantSettings
+from shoal_services.serving.vllm_plugin import register
+
+
+class VllmEngine:
+    """vLLM's asynchronous engine, which computes in a process of its own.
+
+    Raises ValueError if vLLM is not installed, and what vLLM raises for a model that it cannot serve.
+    """
+
+    def __init__(
+        self, folder: str, settings: VariantSettings, limits: Limits, tokenizer: PreTrainedTokenizerBase,
+        after_step: Callable[[], object],
+    ):  # fmt: skip
+        try:
+            from vllm import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise ValueError(
+                f"vLLM is not installed here ({error}); pip install 'shoal[vllm]', or say engine: transformers"
+            ) from error
+        register()  # vLLM does so too, but later than the configuration is read here
+        length = min(limits.max_context, _find_context(folder))
+        arguments = AsyncEngineArgs(
+            model=folder, dtype=settings.dtype or "auto", max_model_len=length, max_num_seqs=limits.max_batch_size,
+            **{"enable_log_requests": False, "disable_log_stats": True, **settings.engine_options},
+        )  # fmt: skip
+        self.engine = AsyncLLM.from_engine_args(arguments)
+        self.max_context: int = length
+        self.statistics = EngineStatistics()
+        self._limits, self._tokenizer, self._after_step = limits, tokenizer, after_step
+        self._numbers = itertools.count()
+        self._told = False
+
+    @property
+    def failure(self) -> Exception | None:
+        """What ended the engine, None while it runs."""
+        return RuntimeError("vLLM's process has ended") if self.engine.errored else None
+
+    async def generate(self, request: Generation, listen: Callable[[Delta], object] = lambda _delta: None) -> Delta:
+        """The whole answer; `listen` hears its pieces on the event loop. Cancelling it frees the request's place.
+
+        Raises ValueError if prompt and new tokens exceed the context, `QueueFull` if too many wait.
+        """
+        request.check_length(self.max_context)
+        running = self.statistics.running + self.statistics.waiting
+        if running >= self._limits.max_batch_size + self._limits.max_queued:
+            raise QueueFull(f"{running} requests run and wait")
+        deltas: list[Delta] = []
+        self._count(requests=1, running=1)
+        try:
+            # vLLM generates at least one token; who wants none gets the prompt alone.
+            async for output in self.engine.generate(
+                {"prompt_token_ids": list(request.prompt_ids)}, _sampling(request), str(next(self._numbers))
+            ):
+                if request.echo and not deltas:
+                    deltas.append(self._echo(output, request))
+                    listen(deltas[-1])
+                deltas.append(_read(output.outputs[0], request))
+                self._count(generated_tokens=len(deltas[-1].tokens))
+                listen(deltas[-1])
+                self._tell_soon()
+        finally:
+            self._count(running=-1)
+        return Delta.join(deltas)
+
+    def close(self) -> None:
+        """Ends vLLM's process."""
+        self.engine.shutdown()
+
+    def _echo(self, output: Any, request: Generation) -> Delta:
+        """The prompt as a delta, each token but the first with its log probability where those are wanted."""
+        ids, number = request.prompt_ids, request.sampling.num_logprobs
+        scores = output.prompt_logprobs or [None] * len(ids)
+        tokens = [_describe(token, score, number) for token, score in zip(ids, scores, strict=True)]
+        if number is not None:  # the first token has no scores, which would hold its text
+            tokens[0] = Token(ids[0], str(self._tokenizer.decode([ids[0]])))
+        return Delta(text=str(self._tokenizer.decode(list(ids), skip_special_tokens=True)), prompt_tokens=tuple(tokens))
+
+    def _count(self, **changes: int) -> None:
+        for name, change in changes.items():
+            setattr(self.statistics, name, getattr(self.statistics, name) + change)
+
+    def _tell_soon(self) -> None:
+        """Once for all pieces of a step, which come to the event loop together."""
+        if not self._told:
+            self._told = True
+            asyncio.get_running_loop().call_soon(self._tell)
+
+    def _tell(self) -> None:
+        self._told = False
+        self._after_step()
+
+
+def _find_context(folder: str) -> int:
+    from transformers import AutoConfig
+
+    return int(getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or 2**31)
+
+
+def _sampling(request: Generation) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    wanted = request.sampling
+    return SamplingParams(
+        temperature=wanted.temperature, top_p=wanted.top_p, top_k=wanted.top_k,
+        presence_penalty=wanted.presence_penalty, frequency_penalty=wanted.frequency_penalty, seed=wanted.seed,
+        logprobs=wanted.num_logprobs, prompt_logprobs=wanted.num_logprobs if request.echo else None,
+        stop=list(request.stop), ignore_eos=request.ignore_eos, max_tokens=max(1, request.max_tokens),
+        output_kind=RequestOutputKind.DELTA,
+    )  # fmt: skip
+
+
+def _read(output: Any, request: Generation) -> Delta:
+    reason: FinishReason | None = output.finish_reason
+    if reason not in (None, "stop", "length"):
+        raise RuntimeError(f"vLLM ended the request: {reason}")
+    if request.max_tokens == 0:
+        return Delta(finish_reason="length")
+    scores = output.logprobs or [None] * len(output.token_ids)
+    tokens = tuple(
+        _describe(token, score, request.sampling.num_logprobs)
+        for token, score in zip(output.token_ids, scores, strict=True)
+    )
+    return Delta(text=output.text, tokens=tokens, finish_reason=reason)
+
+
+def _describe(token: int, scores: dict[int, Any] | None, number: int | None) -> Token:
+    """The token, with vLLM's scores of it and of the `number` likeliest where it gave any."""
+    if scores is None:
+        return Token(token)
+    ranked = sorted(scores.items(), key=lambda item: -item[1].logprob)[:number]
+    top = tuple(Token(other, score.decoded_token or "", score.logprob) for other, score in ranked)
+    own = scores[token]
+    return Token(token, own.decoded_token or "", own.logprob, top)
