@@ -31,7 +31,7 @@ from shoal_services.serving.deploy import Endpoint
 from shoal_services.serving.guard import Key, KeyRing, add_key
 from shoal_services.serving.load import Load, run_load
 from shoal_services.serving.routes import Router, UnknownModel
-from shoal_services.serving.settings import Limits, ServeSettings, ShadowSettings, VariantSettings
+from shoal_services.serving.settings import Limits, ServeSettings, ShadowSettings, ShelfSettings, VariantSettings
 from shoal_services.serving.sources import read_sources
 from shoal_services.tracking import Tracker
 
@@ -337,6 +337,20 @@ def test_a_full_queue_says_429_and_when_to_come_back(endpoint: Endpoint, http: h
     assert send(endpoint, "dense", 4) == [200] * 4
 
 
+def test_shared_variants_take_turns_in_one_process(endpoint: Endpoint, folders: list[str]):
+    before = endpoint.settings
+    shared = {f"rare-{i}": VariantSettings(model=folders[i % 2], dtype="float32", shared=True) for i in range(3)}
+    more = {"variants": before.variants | shared, "shelf": ShelfSettings(max_loaded=2)}
+    endpoint.reconcile(before.model_copy(update=more))
+    with ThreadPoolExecutor(3) as pool:
+        statuses = pool.map(lambda name: send(endpoint, name, 6, concurrency=2), [*shared, *shared])
+        assert [*statuses] == [[200] * 6] * 6, "also while they make room for each other"
+    family = psutil.Process().children(recursive=True)
+    assert sum("ServeReplica:shelf" in " ".join(process.cmdline()) for process in family) == 1
+    endpoint.reconcile(before)
+    assert set(send(endpoint, "rare-0", 1)) == {404}
+
+
 def test_clients_that_go_away_harm_nobody(endpoint: Endpoint, http: httpx.Client):
     for _ in range(12):
         with http.stream("POST", COMPLETIONS, json=SMALL | {"max_tokens": 200, "stream": True}) as response:
@@ -477,7 +491,7 @@ def test_a_searchs_folder_gives_its_variants_also_after_it_was_moved(tmp_path: P
     variants = read_sources([str(tmp_path)]).variants
     assert list(variants) == ["dense", "best", "folded-4", "smallest"]
     assert variants["best"].model == str(tmp_path / "trials" / "key2" / "model")
-    assert [variant.min_replicas for variant in variants.values()] == [1, 1, 0, 1]
+    assert [variant.shared for variant in variants.values()] == [False, False, True, False]
     (tmp_path / "frontier.json").write_text("{}")
     with pytest.raises(ValueError, match="damaged"):
         read_sources([str(tmp_path)])
@@ -494,6 +508,15 @@ def test_a_searchs_folder_gives_its_variants_also_after_it_was_moved(tmp_path: P
 def test_sources_that_are_not_there_are_said_at_once(sources: list[str], says: str):
     with pytest.raises(ValueError, match=says):
         read_sources(sources)
+
+
+def test_vllm_has_settings_of_its_own():
+    with pytest.raises(ValueError, match="engine_options are vLLM's"):
+        VariantSettings(model="m", engine_options={"enforce_eager": True})
+    with pytest.raises(ValueError, match="cannot set trust_remote_code"):
+        VariantSettings(model="m", engine="vllm", engine_options={"trust_remote_code": True})
+    with pytest.raises(ValueError, match="cannot be shared"):
+        VariantSettings(model="m", engine="vllm", shared=True)
 
 
 def test_shadows_must_be_other_variants():

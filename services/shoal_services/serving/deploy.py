@@ -24,11 +24,12 @@ from shoal_services.serving.gateway import Gateway
 from shoal_services.serving.guard import KeyRing
 from shoal_services.serving.observer import Observer
 from shoal_services.serving.settings import ServeSettings
+from shoal_services.serving.shelf import make_shelf
 from shoal_services.serving.sources import find_version
 from shoal_services.serving.variant import Variant
 from shoal_services.serving.web import make_app
 
-GATEWAY, OBSERVER = "gateway", "observer"
+GATEWAY, OBSERVER, SHELF = "gateway", "observer", "shelf"
 DRAIN_S = 30.0
 # Calls on their way to being refused by a replica.
 REFUSED_AT_ONCE = 16
@@ -36,10 +37,11 @@ CODE_VERSION = "1"
 
 
 class Served(NamedTuple):
-    """The application that answers for a variant, and the place that its weights came from."""
+    """The application (or model id on the shelf) that answers for a variant, and where its weights came from."""
 
     app: str
     place: str
+    shelf: str | None = None
 
 
 class Endpoint:
@@ -53,6 +55,7 @@ class Endpoint:
         self._said: set[str] = set()
         self._started_ray = False
         self._observed = False
+        self._shelved: dict[str, dict[str, Any]] = {}
         self._told: tuple[dict[str, Any], list[Any]] | None = None
 
     @property
@@ -114,10 +117,12 @@ class Endpoint:
         """Makes sure that variant `name` is served from `place`; False if it was already."""
         variant = self.settings.variants[name]
         version = find_version(place, variant.model_dump(), self.settings.limits.model_dump())
-        served = Served(f"{name}-{version}", place)
+        served = Served(f"{name}-{version}", place, SHELF if variant.shared else None)
         if self.served.get(name) == served or served.app in self._broken:
             return False
-        if served.app not in self._idle_since:
+        if variant.shared:
+            self._put_on_shelf(served.app, {"name": name, "place": place, "variant": variant.model_dump()})
+        elif served.app not in self._idle_since:
             try:
                 serve.run(_make_variant(name, place, self.settings), name=served.app, route_prefix=None)
             except RuntimeError as error:
@@ -128,10 +133,25 @@ class Endpoint:
         self.served[name] = served
         return True
 
+    def _put_on_shelf(self, model_id: str, model: dict[str, Any]) -> None:
+        """Lets the shelf know of a model. Those before it stay: requests, and the way back, may ask for them."""
+        if model_id in self._shelved:
+            return
+        self._shelved[model_id] = model
+        settings, limits = self.settings.shelf, self.settings.limits
+        deployment = cast(serve.Deployment, serve.deployment(make_shelf(settings.max_loaded))).options(
+            _internal=True, version=fingerprint([CODE_VERSION, settings.model_dump(), limits.model_dump()]),
+            name=SHELF, num_replicas=settings.replicas, user_config=self._shelved,
+            max_ongoing_requests=settings.max_loaded * (limits.max_batch_size + limits.max_queued) + REFUSED_AT_ONCE,
+            max_queued_requests=max(1, limits.max_queued), health_check_period_s=1, graceful_shutdown_timeout_s=DRAIN_S,
+            ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
+        )  # fmt: skip
+        serve.run(deployment.bind(limits.model_dump()), name=SHELF, route_prefix=None)
+
     def _retire(self) -> None:
         """Ends applications that no variant has used for `rollback_s`; their requests finish first."""
         in_use, now = {served.app for served in self.served.values()}, time.monotonic()
-        for app in set(serve.status().applications) - in_use - {GATEWAY, OBSERVER}:
+        for app in set(serve.status().applications) - in_use - {GATEWAY, OBSERVER, SHELF}:
             if now - self._idle_since.setdefault(app, now) > self.settings.rollback_s:
                 serve.delete(app, _blocking=False)
                 del self._idle_since[app]
@@ -156,6 +176,7 @@ class Endpoint:
         variants = {
             name: {
                 "app": served.app,
+                "shelf": served.shelf,
                 "source": served.place,
                 **self.settings.variants[name].model_dump(include={"perplexity", "num_parameters"}),
             }
@@ -217,7 +238,7 @@ def _make_variant(name: str, place: str, settings: ServeSettings) -> serve.Appli
         max_queued_requests=max(1, limits.max_queued),  # Serve refuses everything at 0
         ray_actor_options={"num_cpus": variant.cpus_per_replica, "num_gpus": variant.gpus_per_replica},
         max_constructor_retry_count=2,
-        health_check_period_s=2,
+        health_check_period_s=1,
         graceful_shutdown_timeout_s=DRAIN_S,
         **scaling,
     )

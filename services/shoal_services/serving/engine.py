@@ -13,7 +13,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from shoal_services.serving.decoder import BatchedDecoder
-from shoal_services.serving.generation import Delta, EngineStatistics, FinishReason, Generation, QueueFull, Token
+from shoal_services.serving.generation import (
+    Delta,
+    EngineClosed,
+    EngineStatistics,
+    FinishReason,
+    Generation,
+    QueueFull,
+    Token,
+)
 from shoal_services.serving.sampling import Sampler, describe_token
 from shoal_services.serving.text_stream import TextStream
 
@@ -71,7 +79,7 @@ class Engine:
         """The whole answer; `listen` hears its pieces as they are made, on the engine's thread.
 
         Cancelling it frees the request's row. Raises ValueError if prompt and new tokens exceed the context, `QueueFull`
-        if all rows are taken and `max_waiting` requests wait.
+        if all rows are taken and `max_waiting` requests wait, `EngineClosed` after `close`.
         """
         if self.failure is not None:
             raise RuntimeError(f"the engine has failed: {self.failure}")
@@ -89,6 +97,8 @@ class Engine:
 
         running = Running(request, emit, TextStream(self.tokenizer, request.stop), Sampler(request.sampling))
         with self._wake:
+            if self._closed:
+                raise EngineClosed("the model made room for another")
             if len(self._rows) + len(self._waiting) >= self.decoder.max_batch_size + self.max_waiting:
                 raise QueueFull(f"{len(self._rows)} requests run and {len(self._waiting)} wait")
             self._waiting.append(running)
@@ -101,7 +111,7 @@ class Engine:
         return Delta.join(deltas)
 
     def close(self) -> None:
-        """Ends the thread after the step that is under way."""
+        """Takes no more requests, and ends the thread once those that it has are done."""
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -129,7 +139,7 @@ class Engine:
         with self._wake:
             while not (self._waiting or self._rows or self._closed):
                 self._wake.wait()
-            return not self._closed
+            return bool(self._waiting or self._rows or not self._closed)
 
     def _admit(self) -> None:
         """Prompts into free rows, as many as may come between two steps."""

@@ -44,11 +44,11 @@ class Gateway:
         self.experiments = Experiments({}, self._handle, None)
 
     def reconfigure(self, config: dict[str, Any]) -> None:
-        """`variants`: public name → {app, and what the playground shows}; `routes`: name → weights; `shadows`: variant →
-        {variant, share}; `observer`: the application that hears of both."""
+        """`variants`: public name → {app, shelf, and what the playground shows}; `routes`: name → weights; `shadows`:
+        variant → {variant, share}; `observer`: the application that hears of both."""
         self.router = Router(config.get("variants", {}), config.get("routes", {}))
         self.handles = {
-            card["app"]: self.handles.get(card["app"]) or serve.get_app_handle(card["app"])
+            card["app"]: self.handles.get(card["app"]) or _get_handle(card["app"], card["shelf"])
             for card in self.router.variants.values()
         }
         shadows = {name: ShadowSettings.model_validate(shadow) for name, shadow in config.get("shadows", {}).items()}
@@ -101,7 +101,7 @@ class Gateway:
         return self._card(name)
 
     def _card(self, name: str) -> dict[str, Any]:
-        known = {key: value for key, value in self.router.variants.get(name, {}).items() if key != "app"}
+        known = {key: value for key, value in self.router.variants.get(name, {}).items() if key not in ("app", "shelf")}
         if name in self.router.routes:
             known = {"route": self.router.routes[name]}
         return {"id": name, "object": "model", "created": self.started_at, "owned_by": "shoal", **known}
@@ -151,3 +151,8 @@ class Gateway:
         except Exception:
             course.end("failed")
             raise
+
+
+def _get_handle(app: str, shelf: str | None) -> DeploymentHandle:
+    """The handle to a variant's application; on a shelf its name is the id of a model there."""
+    return serve.get_app_handle(shelf).options(multiplexed_model_id=app) if shelf else serve.get_app_handle(app)

@@ -14,6 +14,10 @@ class QueueFull(Exception):
     """As many requests run and wait as the limits allow."""
 
 
+class EngineClosed(Exception):
+    """The engine takes no more requests."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are picked. Temperature 0 takes the most likely token; `top_k` 0 and `top_p` 1 keep all tokens.

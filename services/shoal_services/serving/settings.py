@@ -27,13 +27,15 @@ class Limits(Value):
 class VariantSettings(Value):
     """One served model. `model` is a folder, alias, Hub id, or `models:/NAME@ALIAS` of the MLflow registry.
 
-    With `min_replicas: 0` it starts at its first request and stops after `idle_s` without any.
+    With `min_replicas: 0` it starts at its first request and stops after `idle_s` without any. With `shared: true` it has
+    no process of its own: the shelf loads it when it is asked for, within a second or two.
     """
 
     model: str = Field(min_length=1)
     dtype: str | None = None
     engine: Literal["transformers", "vllm"] = "transformers"
     engine_options: dict[str, Any] = Field(default={}, description="vLLM's engine arguments, as `tensor_parallel_size: 2`")
+    shared: bool = False
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
     idle_s: float = Field(default=600.0, gt=0)
@@ -46,6 +48,12 @@ class VariantSettings(Value):
     def _ordered(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        return self
+
+    @model_validator(mode="after")
+    def _shared_is_ours(self) -> Self:
+        if self.shared and self.engine == "vllm":
+            raise ValueError("a variant of vLLM's cannot be shared: vLLM serves one model in each process")
         return self
 
     @model_validator(mode="after")
@@ -62,6 +70,15 @@ class ShadowSettings(Value):
 
     variant: str
     share: float = Field(default=1.0, gt=0, le=1)
+
+
+class ShelfSettings(Value):
+    """Where shared variants live: each replica holds the `max_loaded` models that were asked for last."""
+
+    max_loaded: int = Field(default=2, ge=1)
+    replicas: int = Field(default=1, ge=1)
+    cpus_per_replica: float = Field(default=0.0, ge=0)
+    gpus_per_replica: float = Field(default=0.0, ge=0)
 
 
 class ServeSettings(Value):
@@ -82,6 +99,7 @@ class ServeSettings(Value):
     report_every_s: float = Field(default=30.0, gt=0)
     keys: Path | None = Field(default=None, description="file of hashed API keys, made by `shoal keys`")
     allow_anonymous: bool = Field(default=False, description="serve beyond this machine without keys")
+    shelf: ShelfSettings = ShelfSettings()
     gateways: int = Field(default=1, ge=1)
     limits: Limits = Limits()
     address: str | None = None

@@ -56,7 +56,7 @@ def _is_search(source: str) -> bool:
 def _read_search(folder: Path) -> dict[str, VariantSettings]:
     """The dense model and every frontier point: `dense`, `best`, `balanced`, `smallest`, and others as `linear-8`.
 
-    Points without a name of their own start at their first request.
+    Points without a name of their own share a process, which loads those that are asked for.
     """
     try:
         payload = json.loads((folder / "frontier.json").read_text())
@@ -79,7 +79,7 @@ def _read_search(folder: Path) -> dict[str, VariantSettings]:
         name = names.get(point.artefact)
         variants[name or f"{point.recipe.kind}-{point.recipe.num_replaced}"] = VariantSettings(
             model=_find_artefact(folder, point.artefact), perplexity=point.perplexity,
-            num_parameters=point.num_parameters, min_replicas=1 if name else 0,
+            num_parameters=point.num_parameters, shared=name is None,
         )  # fmt: skip
     return variants
 

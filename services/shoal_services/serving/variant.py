@@ -107,3 +107,8 @@ class Variant:
         """Raises once the engine has failed: Serve then starts another replica."""
         if self.engine.failure is not None:
             raise RayServeException(f"the engine has failed: {self.engine.failure}")
+
+    def __del__(self) -> None:
+        """Frees the engine's thread when Serve makes room for another model; its requests finish first."""
+        if engine := getattr(self, "engine", None):
+            engine.close()

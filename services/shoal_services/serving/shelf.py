@@ -1,0 +1,58 @@
+"""Many models in one process: those asked for last are loaded, and make room for others. The long tail lives here."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+from weakref import WeakValueDictionary
+
+from ray import serve
+
+from shoal_services.serving.channel import Reply
+from shoal_services.serving.generation import Call, EngineClosed, Piece, Prompt
+from shoal_services.serving.variant import Variant
+
+
+class Shelf:
+    """A Serve deployment that answers for every shared variant, by Serve's multiplexed model id."""
+
+    def __init__(self, limits: dict[str, Any]):
+        self.limits = limits
+        self.models: dict[str, dict[str, Any]] = {}
+        self._loaded: WeakValueDictionary[str, Variant] = WeakValueDictionary()
+
+    def reconfigure(self, models: dict[str, dict[str, Any]]) -> None:
+        """Model id → {name, place, variant}: what can be asked for."""
+        self.models = models
+
+    async def load(self, model_id: str) -> Variant:
+        """A variant by its id. Raises what its start raises."""
+        model = self.models[model_id]
+        variant = await asyncio.to_thread(Variant, model["name"], model["place"], model["variant"], self.limits)
+        self._loaded[model_id] = variant
+        return variant
+
+    async def generate(self, call: Call, reply: Reply | None = None) -> Piece:
+        """As `Variant.generate`, after loading if need be."""
+        while True:
+            try:
+                return await (await self._find()).generate(call, reply)
+            except EngineClosed:  # it was found, and then made room for another
+                continue
+
+    async def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> dict[str, Any]:
+        """As `Variant.tokenize`, after loading if need be."""
+        return await (await self._find()).tokenize(prompt, add_special_tokens)
+
+    def check_health(self) -> None:
+        """Raises once an engine has failed: Serve then starts another replica."""
+        for variant in list(self._loaded.values()):
+            variant.check_health()
+
+    async def _find(self) -> Variant:
+        return cast(Variant, await self.load(serve.get_multiplexed_model_id()))
+
+
+def make_shelf(max_loaded: int) -> type[Shelf]:
+    """A shelf of that many models at once in each replica (Serve wants the number where the method is defined)."""
+    return type("Shelf", (Shelf,), {"load": serve.multiplexed(max_num_models_per_replica=max_loaded)(Shelf.load)})
