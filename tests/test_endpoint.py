@@ -375,7 +375,7 @@ def test_a_killed_replica_costs_the_requests_on_it_and_no_others(endpoint: Endpo
     # A request takes far less than a second here: few of six a second are on the replica at one time. Those that come
     # before the next replica is up wait for it, as many as the queue holds.
     assert found[0] + found[503] <= LIMITS.max_batch_size, found
-    assert set(found) <= {0, 200, 429, 503} and found[200] > 45
+    assert set(found) <= {0, 200, 429, 503} and found[200] > 20
     assert find_replica() not in (None, replica)
     assert send(endpoint, "balanced", 4) == [200] * 4
 

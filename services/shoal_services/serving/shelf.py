@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from typing import Any
 from weakref import WeakValueDictionary
 
 from ray import serve
@@ -50,7 +50,7 @@ class Shelf:
             variant.check_health()
 
     async def _find(self) -> Variant:
-        return cast(Variant, await self.load(serve.get_multiplexed_model_id()))
+        return await self.load(serve.get_multiplexed_model_id())
 
 
 def make_shelf(max_loaded: int) -> type[Shelf]:
