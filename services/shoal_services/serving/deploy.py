@@ -1,4 +1,4 @@
-"""The story of serving: resolve models → a Serve application for each variant → the gateway, told where they are.
+"""The story of serving: resolve models → a Serve application for each variant → the listening gateway, told where they are.
 
 A variant's application carries its version in its name. Another version is another application beside the first: the
 gateway changes over once the new one is healthy, and the old one stays a while, so that going back is instant. No
@@ -8,7 +8,6 @@ request sees the change.
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -20,17 +19,15 @@ from shoal.recipe import fingerprint
 
 from shoal_services.cluster import connect
 from shoal_services.registry import REGISTRY, find_registered
-from shoal_services.serving.gateway import Gateway
 from shoal_services.serving.guard import KeyRing
+from shoal_services.serving.listener import DRAIN_S, Listener, bind
 from shoal_services.serving.observer import Observer
 from shoal_services.serving.settings import ServeSettings
 from shoal_services.serving.shelf import make_shelf
 from shoal_services.serving.sources import find_version
 from shoal_services.serving.variant import Variant
-from shoal_services.serving.web import make_app
 
 GATEWAY, OBSERVER, SHELF = "gateway", "observer", "shelf"
-DRAIN_S = 30.0
 # Calls on their way to being refused by a replica.
 REFUSED_AT_ONCE = 16
 CODE_VERSION = "1"
@@ -54,9 +51,10 @@ class Endpoint:
         self._broken: set[str] = set()
         self._said: set[str] = set()
         self._started_ray = False
+        self._node = ""
         self._observed = False
         self._shelved: dict[str, dict[str, Any]] = {}
-        self._told: tuple[dict[str, Any], list[Any]] | None = None
+        self._told: dict[str, Any] | None = None
 
     @property
     def url(self) -> str:
@@ -74,8 +72,10 @@ class Endpoint:
         self._started_ray = not ray.is_initialized()
         connect(self.settings.address)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        http = {"host": self.settings.host, "port": self.settings.port, "request_timeout_s": None}
-        serve.start(http_options=http, logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False))
+        # The gateway listens on the machine that this runs on.
+        self._node = ray.util.get_node_ip_address()
+        logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        serve.start(proxy_location="Disabled", logging_config=logging_config)
         listen("start Ray", 1, 1)
         for done, (name, place) in enumerate(places.items()):
             listen("start variants", done, len(places))
@@ -183,21 +183,24 @@ class Endpoint:
             for name, served in self.served.items()
         }
         shadows = {name: shadow.model_dump() for name, shadow in self.settings.shadows.items()}
-        config = {"variants": variants, "routes": self.settings.routes, "shadows": shadows, "observer": self._observe()}
-        keys = KeyRing.load(self.settings.keys) if self.settings.keys else KeyRing([])
-        limits = self.settings.limits
-        fixed = [CODE_VERSION, limits.model_dump(), [key.model_dump() for key in keys.keys]]
-        if (config, fixed) == self._told:
+        config: dict[str, Any] = {
+            "variants": variants,
+            "routes": self.settings.routes,
+            "shadows": shadows,
+            "observer": self._observe(),
+        }
+        keys = KeyRing.load(self.settings.keys).keys if self.settings.keys else []
+        config |= {"limits": self.settings.limits.model_dump(), "keys": [key.model_dump() for key in keys]}
+        if config == self._told:
             return
-        app = make_app(keys, max_body_bytes=limits.max_body_bytes)
-        deployment = cast(serve.Deployment, serve.deployment(serve.ingress(app)(Gateway))).options(
+        deployment = cast(serve.Deployment, serve.deployment(Listener)).options(
             # Without a version of ours, Serve makes one up and starts new replicas at every call.
-            _internal=True, version=fingerprint(fixed), name=GATEWAY, num_replicas=self.settings.gateways,
-            max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0}, user_config=config,
-            graceful_shutdown_timeout_s=DRAIN_S,
+            _internal=True, version=CODE_VERSION, name=GATEWAY, num_replicas=self.settings.gateways, user_config=config,
+            ray_actor_options={"num_cpus": 0, "resources": {f"node:{self._node}": 0.001}}, health_check_period_s=1,
+            graceful_shutdown_timeout_s=DRAIN_S + 5,
         )  # fmt: skip
-        serve.run(deployment.bind(limits.model_dump()), name=GATEWAY, route_prefix="/")
-        self._told = (config, fixed)
+        serve.run(deployment.bind(self.settings.host, self.settings.port), name=GATEWAY, route_prefix=None)
+        self._told = config
 
 
 def resolve(model: str, tracking_uri: str | None) -> str:
@@ -206,18 +209,13 @@ def resolve(model: str, tracking_uri: str | None) -> str:
 
 
 def _require_free_port(settings: ServeSettings) -> None:
-    """Raises OSError if something listens there already: Serve itself would start, and answer nobody."""
-    if settings.address:
-        return
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((settings.host, settings.port))
-        except OSError as error:
-            raise OSError(
-                f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another --port or --host"
-            ) from error
+    """Raises OSError if something listens there already."""
+    try:
+        bind(settings.host, settings.port, shared=False).close()
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another --port or --host"
+        ) from error
 
 
 def _make_variant(name: str, place: str, settings: ServeSettings) -> serve.Application:

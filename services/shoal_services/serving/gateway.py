@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import asynccontextmanager, suppress
+from typing import Any, cast
 
 import ray
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from shoal_services.serving.answer import Answer
 from shoal_services.serving.channel import Inbox
 from shoal_services.serving.course import Course
 from shoal_services.serving.events import count_tokens, write_events
 from shoal_services.serving.experiments import Experiments
-from shoal_services.serving.generation import Call, QueueFull
+from shoal_services.serving.generation import Call, Piece, QueueFull
+from shoal_services.serving.guard import Key, KeyRing
 from shoal_services.serving.protocol import ChatRequest, ChatWriter, CompletionRequest, CompletionWriter, TokenizeRequest
 from shoal_services.serving.routes import Router
 from shoal_services.serving.settings import Limits, ShadowSettings
@@ -35,8 +36,8 @@ class Gateway:
     `reconfigure` changes variants and routes while requests run: each request keeps the variant that it began with.
     """
 
-    def __init__(self, limits: dict[str, Any]):
-        self.limits = Limits.model_validate(limits)
+    def __init__(self) -> None:
+        self.limits, self.keys = Limits(), KeyRing([])
         self.started_at = int(time.time())
         self.router = Router({}, {})
         self.handles: dict[str, DeploymentHandle] = {}
@@ -45,14 +46,18 @@ class Gateway:
 
     def reconfigure(self, config: dict[str, Any]) -> None:
         """`variants`: public name → {app, shelf, and what the playground shows}; `routes`: name → weights; `shadows`:
-        variant → {variant, share}; `observer`: the application that hears of both."""
-        self.router = Router(config.get("variants", {}), config.get("routes", {}))
+        variant → {variant, share}; `observer`: the application that hears of both; `limits` and `keys`, hashed."""
+        self.limits = Limits.model_validate(config["limits"])
+        keys = [Key.model_validate(key) for key in config["keys"]]
+        if keys != self.keys.keys:
+            self.keys = KeyRing(keys)
+        self.router = Router(config["variants"], config["routes"])
         self.handles = {
             card["app"]: self.handles.get(card["app"]) or _get_handle(card["app"], card["shelf"])
             for card in self.router.variants.values()
         }
-        shadows = {name: ShadowSettings.model_validate(shadow) for name, shadow in config.get("shadows", {}).items()}
-        observer = serve.get_app_handle(config["observer"]) if config.get("observer") else None
+        shadows = {name: ShadowSettings.model_validate(shadow) for name, shadow in config["shadows"].items()}
+        observer = serve.get_app_handle(config["observer"]) if config["observer"] else None
         self.experiments = Experiments(shadows, self._handle, observer)
 
     async def complete(self, request: CompletionRequest) -> Response:
@@ -116,7 +121,7 @@ class Gateway:
         course = self.experiments.begin(name, route, calls)
         if not request.stream:
             async with self._refusals(course):
-                pieces = list(await asyncio.gather(*(self._handle(name).generate.remote(call) for call in calls)))
+                pieces = await _gather(self._handle(name), calls)
             for index, piece in enumerate(pieces):
                 course.hear(index, piece)
             course.end("answered")
@@ -156,3 +161,15 @@ class Gateway:
 def _get_handle(app: str, shelf: str | None) -> DeploymentHandle:
     """The handle to a variant's application; on a shelf its name is the id of a model there."""
     return serve.get_app_handle(shelf).options(multiplexed_model_id=app) if shelf else serve.get_app_handle(app)
+
+
+async def _gather(handle: DeploymentHandle, calls: list[Call]) -> list[Piece]:
+    """All answers; if one fails, or nobody waits any more, all are cancelled, which frees their rows."""
+    responses = [cast(DeploymentResponse[Any], handle.generate.remote(call)) for call in calls]
+    try:
+        return list(await asyncio.gather(*responses))
+    except BaseException:
+        for response in responses:
+            with suppress(Exception):  # to cancel a call that Serve refused raises what it was refused with
+                response.cancel()
+        raise

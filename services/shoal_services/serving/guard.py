@@ -94,10 +94,11 @@ def _write_keys(file: Path, keys: list[Key]) -> None:
     file.chmod(0o600)
 
 
-def check_key(keys: KeyRing) -> Callable[[Request], Awaitable[None]]:
+def check_key(find_keys: Callable[[], KeyRing]) -> Callable[[Request], Awaitable[None]]:
     """A FastAPI dependency that lets a request with a valid key pass: 401 without one, 429 over its rate."""
 
     async def check(request: Request) -> None:
+        keys = find_keys()
         if not keys.keys:
             return
         scheme, _, secret = request.headers.get("authorization", "").partition(" ")
@@ -113,23 +114,23 @@ def check_key(keys: KeyRing) -> Callable[[Request], Awaitable[None]]:
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for bodies over `max_bytes`, before they are held in memory."""
+    """ASGI middleware: 413 for bodies over so many bytes, before they are held in memory."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
-        self.app, self.max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, find_max_bytes: Callable[[], int]):
+        self.app, self.find_max_bytes = app, find_max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        chunks, size = [], 0
+        chunks, size, max_bytes = [], 0, self.find_max_bytes()
         while True:
             message = await receive()
             if message["type"] != "http.request":
                 return  # gone before the body was whole
             size += len(message.get("body", b""))
-            if size > self.max_bytes:
-                await self._refuse(send)
+            if size > max_bytes:
+                await self._refuse(send, max_bytes)
                 return
             chunks.append(message.get("body", b""))
             if not message.get("more_body"):
@@ -141,8 +142,8 @@ class BodyLimit:
 
         await self.app(scope, replay, send)
 
-    async def _refuse(self, send: Send) -> None:
-        error: dict[str, Any] = make_error(413, f"the request's body is over {self.max_bytes} bytes")
+    async def _refuse(self, send: Send, max_bytes: int) -> None:
+        error: dict[str, Any] = make_error(413, f"the request's body is over {max_bytes} bytes")
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": 413, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps(error).encode()})

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.params import Depends
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
@@ -17,19 +18,20 @@ from starlette.exceptions import HTTPException
 from shoal_services.serving.events import first_line
 from shoal_services.serving.gateway import Gateway, VariantDown
 from shoal_services.serving.generation import QueueFull
-from shoal_services.serving.guard import BodyLimit, KeyRing, check_key
+from shoal_services.serving.guard import BodyLimit, check_key
 from shoal_services.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest, make_error
 from shoal_services.serving.routes import UnknownModel
 
 RETRY_AFTER_S = 1
+CLIENT_GONE = 499  # nginx's number; nobody sees it
 
 
-def make_app(keys: KeyRing, *, max_body_bytes: int) -> FastAPI:
-    """The FastAPI application whose routes speak to the `Gateway` of the replica that it runs in."""
+def make_app(gateway: Gateway) -> FastAPI:
+    """The FastAPI application whose routes speak to the gateway. Its keys and limits count as they are at the time."""
     app = FastAPI(title="Shoal", summary="Depth-compressed language models behind OpenAI's interfaces", docs_url=None)
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(BodyLimit, find_max_bytes=lambda: gateway.limits.max_body_bytes)
     _add_error_shapes(app)
-    guarded = [Depends(check_key(keys))]
+    guarded = [Depends(check_key(lambda: gateway.keys))]
     errors: dict[int | str, dict[str, Any]] = {
         status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
         for status, text in {
@@ -39,24 +41,24 @@ def make_app(keys: KeyRing, *, max_body_bytes: int) -> FastAPI:
     }  # fmt: skip
 
     @app.post("/v1/completions", dependencies=guarded, responses=errors)
-    async def complete(request: CompletionRequest) -> Response:
-        return await _gateway().complete(request)
+    async def complete(request: CompletionRequest, connection: Request) -> Response:
+        return await _unless_gone(connection, gateway.complete(request))
 
     @app.post("/v1/chat/completions", dependencies=guarded, responses=errors)
-    async def chat(request: ChatRequest) -> Response:
-        return await _gateway().chat(request)
+    async def chat(request: ChatRequest, connection: Request) -> Response:
+        return await _unless_gone(connection, gateway.chat(request))
 
     @app.post("/tokenize", dependencies=guarded, responses=errors)
     async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
-        return await _gateway().tokenize(request)
+        return await gateway.tokenize(request)
 
     @app.get("/v1/models", dependencies=guarded, responses={401: errors[401]})
     async def models() -> dict[str, Any]:
-        return _gateway().list_models()
+        return gateway.list_models()
 
     @app.get("/v1/models/{model}", dependencies=guarded, responses={401: errors[401], 404: errors[404]})
     async def one_model(model: str) -> dict[str, Any]:
-        return _gateway().describe_model(model)
+        return gateway.describe_model(model)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -69,8 +71,21 @@ def make_app(keys: KeyRing, *, max_body_bytes: int) -> FastAPI:
     return app
 
 
-def _gateway() -> Gateway:
-    return cast(Gateway, serve.get_replica_context().servable_object)
+async def _unless_gone(connection: Request, answer: Coroutine[None, None, Response]) -> Response:
+    """The answer, or none if the client goes away before it is there: it is cancelled then."""
+
+    async def leave() -> None:
+        while (await connection.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(leave())
+    await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    leaving.cancel()
+    if working.done():
+        return working.result()
+    working.cancel()
+    await asyncio.wait({working})
+    return Response(status_code=CLIENT_GONE)
 
 
 def _add_error_shapes(app: FastAPI) -> None:
