@@ -217,6 +217,18 @@ def roll(model: str) -> list[Row]:
     ]
 
 
+def drain(model: str) -> list[Row]:
+    """The endpoint stopped while it streams."""
+    with ThreadPoolExecutor(1) as pool:
+        with serving([model], ROOMY) as endpoint:
+            future = pool.submit(load, endpoint, 8, num_new=64)
+            time.sleep(0.5)
+            under_way = not future.done()
+        found = count(future.result())
+    said = f"{dict(found)}{'' if under_way else ', done before the stop'}"
+    return [Row(("stopped while it streams", said, "all whole", under_way and set(found) == {"whole"}))]
+
+
 def copy_twice(model: str, root: Path) -> list[str]:
     """Two folders that hold the model."""
     loaded, tokenizer = load_model(model), load_tokenizer(model)
@@ -225,7 +237,7 @@ def copy_twice(model: str, root: Path) -> list[str]:
     return [str(root / name) for name in ("first", "second")]
 
 
-SCENARIOS: list[Callable[[str], list[Row]]] = [overload, slow, kill, roll, memory]
+SCENARIOS: list[Callable[[str], list[Row]]] = [overload, slow, kill, roll, drain, memory]
 
 
 def main() -> None:
