@@ -478,7 +478,7 @@ def test_with_keys_strangers_stay_out(endpoint: Endpoint, tmp_path: Path):
 
 def test_a_rate_is_kept_over_time():
     ring, key = KeyRing([]), Key(name="k", sha256="0" * 64, requests_per_minute=60)
-    waits = [ring.take(key, now=0.0) for _ in range(10)]
+    waits = [ring.take(key, now=0.0) for _ in range(12)]
     assert waits[:10] == [0.0] * 10 and all(wait > 0 for wait in waits[10:])
     assert ring.take(key, now=1.1) == 0.0
     assert ring.take(key, now=1.1) > 0.0
