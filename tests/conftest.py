@@ -158,6 +158,13 @@ def make_affine(model: transformers.PreTrainedModel, block: int, *, seed: int = 
     find_blocks(model)[block].forward = lambda hidden_states, **_: hidden_states + hidden_states @ update + bias
 
 
+def linear_network(model: transformers.PreTrainedModel, *, seed: int = 0) -> transformers.PreTrainedModel:
+    """The model with every block affine."""
+    for block in range(len(find_blocks(model))):
+        make_affine(model, block, seed=seed + block)
+    return model
+
+
 def make_point(num_parameters: int, perplexity: float, *, artefact: Path | None = None, **recipe: object) -> Point:
     """A point as a search makes them, of this size and perplexity."""
     text = Text(name="prose", sha256="0123456789abcdef", num_tokens=16384)

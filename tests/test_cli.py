@@ -116,6 +116,17 @@ def test_profile_prints_json_and_a_page(shoal, prose, tmp_path):
     assert "<html" in (tmp_path / "p.html").read_text()
 
 
+def test_profile_compares_models(shoal, prose, tmp_path):
+    said = shoal("profile", "tiny-random", "tiny-random", "--text", prose[0], *SMALL[:4], "--page", "both.html", "--json")
+    assert said.code == 0, said.errors
+    first, second = json.loads(said.output)
+    assert first == second and len(first["nonlinear_tokens"]) == 20
+    assert "linearity compared" in (tmp_path / "both.html").read_text()
+    table = shoal("profile", "tiny-random", "tiny-random", "--text", prose[0], *SMALL[:4])
+    assert table.output.count("(+0.0000)") == 4
+    assert_refused(shoal("profile", "tiny-random", "tiny-random", "--revision", "main"), "one model")
+
+
 def test_profile_prints_a_table(shoal, prose):
     said = shoal("profile", "tiny-random", "--text", prose[0], *SMALL[:4])
     assert said.code == 0, said.errors

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from conftest import make_affine, make_ids, moments_of
+from conftest import linear_network, make_ids, moments_of
 from shoal.blocks import find_blocks
 from shoal.gram import Gram
-from shoal.linearity import measure_token_errors, score_blocks, score_gram
+from shoal.linearity import score_blocks, score_gram
 from shoal.moments import measure_moments
 from shoal.text import TokenWindows
 
@@ -37,12 +37,6 @@ def score_rows(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
     gram = Gram.zeros(1, D, D)
     gram.add(0, x, y)
     return score_gram(gram)
-
-
-def linear_network(llama, *, seed: int = 0):
-    for block in range(5):
-        make_affine(llama, block, seed=seed + block)
-    return llama
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0])
@@ -149,15 +143,3 @@ def test_too_few_tokens_are_refused_with_a_number_that_is_enough(llama, window):
     assert (
         len(score_blocks(measure_moments(llama, TokenWindows(make_ids(math.ceil(enough / window), window), "longer")))) == 5
     )
-
-
-def test_token_errors_are_quantiles(llama, windows):
-    errors = measure_token_errors(llama, windows.take(0, 8), measure_moments(llama, windows))
-    assert errors.shape == (5, 4)
-    assert bool((errors.diff(dim=1) >= 0).all())
-    assert bool((errors[:, 0] > 0.01).all())
-
-
-def test_token_errors_of_a_linear_network_vanish(llama, windows):
-    moments = measure_moments(linear_network(llama), windows)
-    assert float(measure_token_errors(llama, windows.take(0, 8), moments).max()) < 1e-3

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from conftest import make_point
+from pages import Page, drawn, make_profile, make_scores
 from shoal.frontier import find_frontier
-from shoal.linearity import BlockLinearity
-from shoal_services.report import frontier_figure, linearity_figure, write_frontier_page, write_linearity_page
+from shoal_services.linearity_page import comparison_figure, mean_figure, write_comparison_page, write_linearity_page
+from shoal_services.report import frontier_figure, write_frontier_page
 
 POINTS = [
     make_point(101_000_000, 23.45, kind="folded"),
@@ -18,55 +17,6 @@ POINTS = [
     make_point(112_000_000, 88.88, kind="dropped"),  # dominated
     make_point(121_000_000, 12.34, kind="low_rank", rank=8),
 ]
-FIELDS = [
-    "score", "score_without_residual", "ordinary", "ordinary_without_residual", "held_out", "held_out_without_residual",
-    "noise_floor", "identity", "norm_ratio", "cosine", "sink_jump",
-]  # fmt: skip
-
-
-def make_scores(num_blocks: int, *, sink_block: int = -1) -> list[BlockLinearity]:
-    """Scores that can be told apart: .011, .021, … for block 0."""
-    return [
-        BlockLinearity(block, **{name: 0.01 * i + 0.001 * (block + 1) for i, name in enumerate(FIELDS[:-1], 1)},
-                       sink_jump=99.0 if block == sink_block else 1.0)
-        for block in range(num_blocks)
-    ]  # fmt: skip
-
-
-class Page(HTMLParser):
-    """A page's title, the cells of its table, and everything that it would load."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.loads: list[str] = []
-        self.texts: list[str] = []
-        self.tags: list[str] = []
-        # Plotly's own megabytes of code take seconds to parse, and are not ours.
-        self.feed(
-            re.sub(r"<script([^>]*)>.*?</script>", r"<script\1></script>", path.read_text(encoding="utf-8"), flags=re.S)
-        )
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        named = dict(attrs)
-        self.loads += [value for name in ("src", "srcset", "data", "href") if (value := named.get(name)) and tag != "a"]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_data(self, data: str) -> None:
-        inside = self.tags[-1] if self.tags else ""
-        if inside in ("td", "th") and self.rows:
-            self.rows[-1][-1] += data
-        if inside not in ("script", "style"):
-            self.texts.append(data)
-
-
-def drawn(path: Path) -> str:
-    """The part of the page that holds the figure's data, without plotly's own code."""
-    return path.read_text(encoding="utf-8").rpartition("Plotly.newPlot(")[2]
 
 
 @pytest.fixture
@@ -77,11 +27,24 @@ def frontier_page(tmp_path):
 
 @pytest.fixture
 def linearity_page(tmp_path):
-    write_linearity_page(tmp_path / "linearity.html", {"tiny": make_scores(4, sink_block=2)})
+    write_linearity_page(tmp_path / "linearity.html", "tiny", make_scores(4, sink_block=2))
     return tmp_path / "linearity.html"
 
 
-@pytest.mark.parametrize("fixture", ["frontier_page", "linearity_page"])
+@pytest.fixture
+def profile_page(tmp_path):
+    profile = make_profile("tiny", 3)
+    write_linearity_page(tmp_path / "profile.html", "tiny", profile.scores, profile)
+    return tmp_path / "profile.html"
+
+
+@pytest.fixture
+def comparison_page(tmp_path):
+    write_comparison_page(tmp_path / "compared.html", [make_profile("before", 3), make_profile("after", 5)])
+    return tmp_path / "compared.html"
+
+
+@pytest.mark.parametrize("fixture", ["frontier_page", "linearity_page", "profile_page", "comparison_page"])
 def test_a_page_loads_nothing(fixture, request):
     """No script, style, font, image or frame from anywhere: neither a CDN nor a file beside the page."""
     page = Page(request.getfixturevalue(fixture))
@@ -89,7 +52,7 @@ def test_a_page_loads_nothing(fixture, request):
     assert not {"link", "iframe", "img", "object", "embed"} & set(page.tags)
     text = request.getfixturevalue(fixture).read_text()
     assert not re.search(r"@import|url\(\s*['\"]?(https?:)?//", text.partition("<script")[0])
-    assert "Plotly.newPlot(" in text and len(text) > 1_000_000, "plotly itself is in the page"
+    assert "Plotly.newPlot(" in text and 4_000_000 < len(text) < 8_000_000, "plotly itself is in the page, once"
 
 
 def test_the_table_is_the_frontier_below_the_dense_model(frontier_page):
@@ -130,7 +93,7 @@ def test_the_page_draws_the_figure(frontier_page):
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", "a&b", '"quoted"', "</title><b>"])
 def test_names_are_text_and_not_markup(tmp_path, name):
     write_frontier_page(tmp_path / "f.html", name, POINTS)
-    write_linearity_page(tmp_path / "l.html", {name: make_scores(3)})
+    write_linearity_page(tmp_path / "l.html", name, make_scores(3))
     plain = tmp_path / "plain.html"
     write_frontier_page(plain, "plain", POINTS)
     for file in (tmp_path / "f.html", tmp_path / "l.html"):
@@ -169,20 +132,42 @@ def test_every_block_stands_in_the_linearity_table(linearity_page):
     assert [row["sinks"] for row in table] == ["", "", "moves them", ""]
 
 
-def test_token_errors_are_columns_where_they_were_measured(tmp_path):
-    errors = [[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]
-    write_linearity_page(tmp_path / "l.html", {"tiny": make_scores(2)}, errors)
-    header, *rows = Page(tmp_path / "l.html").rows
+def test_token_errors_are_columns_where_they_were_measured(profile_page):
+    header, *rows = Page(profile_page).rows
     assert header[-4:] == ["token error median", "90 %", "99 %", "max"]
-    assert [row[-4:] for row in rows] == [[f"{e:.3f}" for e in line] for line in errors]
+    assert [row[-4:] for row in rows[:3]] == [["0.100", "0.200", "0.300", "0.400"]] * 3
+
+
+def test_the_least_linear_tokens_stand_in_their_text(profile_page):
+    header, row = Page(profile_page).rows[-2:]
+    assert dict(zip(header, row, strict=True)) == {
+        "token": "⏎", "text before": "<b>once</b>", "text after": " upon", "place in the window": "7",
+        "× median error": "12.5", "worst block": "2", "error there": "0.750",
+    }  # fmt: skip
 
 
 def test_models_of_different_depth_share_an_axis():
-    figure = linearity_figure({"deep": make_scores(5), "flat": make_scores(2), "one": make_scores(1)})
+    figure = comparison_figure([make_profile("deep", 5), make_profile("flat", 2), make_profile("one", 1)])
     for name, depths in (("deep", (0, 0.25, 0.5, 0.75, 1)), ("flat", (0, 1)), ("one", (0,))):
-        lines = [line for line in figure.data if line.name.startswith(f"{name}: ")]
-        assert len(lines) == 6
+        lines = [line for line in figure.data if line.name.partition(",")[0] == name]
+        assert [line.line.dash for line in lines] == ["solid", "dash"]
         assert all(tuple(line.x) == depths for line in lines)
+
+
+def test_a_comparison_shows_means_and_their_change(comparison_page):
+    header, before, after = Page(comparison_page).rows
+    assert header[:6] == ["model", "blocks", "mean", "change", "w/o residual", "change"]
+    assert before[:6] == ["before", "3", "0.0120", "+0.0000", "0.0220", "+0.0000"]
+    assert after[:6] == ["after", "5", "0.0130", "+0.0010", "0.0230", "+0.0010"]
+    assert list(mean_figure([make_profile("b", 3), make_profile("a", 5)]).data[0].x) == ["b", "a"], "in the order given"
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "a&b", "</title><b>"])
+def test_names_in_a_comparison_are_text_too(tmp_path, name, comparison_page):
+    write_comparison_page(tmp_path / "c.html", [make_profile(name, 2), make_profile("other", 2)])
+    page = Page(tmp_path / "c.html")
+    assert name in "".join(page.texts) and "b" not in page.tags
+    assert page.tags.count("script") == Page(comparison_page).tags.count("script")
 
 
 def test_a_perplexity_beyond_all_bounds_still_gives_a_page(tmp_path):

@@ -12,13 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from shoal.blocks import watch_boundaries
 from shoal.gram import Gram
 from shoal.moments import Moments
-from shoal.text import TokenWindows
 
 RANKING = "held_out"
 RANKING_REASON = "scored on tokens that the map was not fitted on, and without sinks, which alone lift a score to 0.99"
@@ -148,38 +145,3 @@ def solve_least_squares(xx: Tensor, xy: Tensor) -> Tensor:
 
 def _share(unexplained: Tensor, total: Tensor) -> float:
     return float(1 - unexplained / total) if float(total) > 0 else 1.0
-
-
-@torch.no_grad()
-def measure_token_errors(model: PreTrainedModel, windows: TokenWindows, moments: Moments) -> Tensor:
-    """Quantiles .5, .9, .99, 1 [L, 4] of the relative error ‖ŷ − y‖ / ‖y‖ per token of each block's best affine map.
-
-    Few tokens carry most of the error (§5, Fig. 9): the tail is what a mean score hides.
-    """
-    grams = [moments.ordinary[block] + moments.sinks[block] for block in range(moments.num_blocks)]
-    maps: list[nn.Linear] = [_best_map(gram) for gram in grams]
-    errors: list[list[Tensor]] = [[] for _ in maps]
-    previous: list[Tensor] = []
-
-    def visit(boundary: int, stream_btd: Tensor) -> None:
-        y_nd = stream_btd.flatten(0, 1).float()
-        if previous:
-            relative = (maps[boundary - 1](previous.pop()) - y_nd).norm(dim=1) / y_nd.norm(dim=1).clamp(min=1e-12)
-            errors[boundary - 1].append(relative)
-        previous.append(y_nd)
-
-    with watch_boundaries(model, visit):
-        for row in windows.ids:
-            previous.clear()
-            model.base_model(input_ids=row[None].to(model.device), use_cache=False)
-    levels = torch.tensor([0.5, 0.9, 0.99, 1.0], device=model.device)
-    return torch.stack([torch.quantile(torch.cat(block), levels) for block in errors]).cpu()
-
-
-def _best_map(gram: Gram) -> nn.Linear:
-    xx, xy, _ = gram.centred()
-    weight = solve_least_squares(xx, xy)
-    affine = nn.Linear(weight.shape[0], weight.shape[1], device=weight.device)
-    affine.weight.data = weight.T.float()
-    affine.bias.data = ((gram.sum_y[0] - gram.sum_x[0] @ weight) / gram.num_tokens[0]).float()
-    return affine

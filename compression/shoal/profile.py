@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
 from shoal.corpus import load_corpus, load_evaluation
 from shoal.evaluate import evaluate
-from shoal.linearity import RANKING, BlockLinearity, measure_token_errors, score_blocks
+from shoal.linearity import RANKING, BlockLinearity, score_blocks
 from shoal.models import load_model, load_tokenizer, recipe_of
 from shoal.moments import measure_moments
 from shoal.prepare import Listener, count_on, ignore
 from shoal.recipe import Evaluation, Text, Texts
 from shoal.teacher import measure_targets
+from shoal.token_errors import (
+    EDGES,
+    NonlinearToken,
+    count_errors,
+    find_nonlinear_tokens,
+    measure_token_errors,
+    take_quantiles,
+)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The linearity of a model's blocks on one text; `token_errors` are quantiles .5, .9, .99 and 1 per block."""
+    """The linearity of a model's blocks on one text. Of the errors per token: quantiles .5, .9, .99 and 1 for each block,
+    a histogram for each block, and the least linear tokens."""
 
     model: str
     text: Text
     scores: list[BlockLinearity]
     token_errors: list[list[float]]
+    error_counts: list[list[int]]
+    nonlinear_tokens: list[NonlinearToken]
 
     def as_dict(self) -> dict[str, Any]:
         """The profile as JSON-able values."""
         blocks = [
-            {**dataclasses.asdict(score), "token_error_quantiles": errors}
-            for score, errors in zip(self.scores, self.token_errors, strict=True)
+            {**dataclasses.asdict(score), "token_error_quantiles": errors, "token_error_counts": counts}
+            for score, errors, counts in zip(self.scores, self.token_errors, self.error_counts, strict=True)
         ]
-        return {"model": self.model, "text": self.text.model_dump(), "ranks_by": RANKING, "blocks": blocks}
+        return {
+            "model": self.model, "text": self.text.model_dump(), "ranks_by": RANKING, "blocks": blocks,
+            "token_error_edges": EDGES, "nonlinear_tokens": [dataclasses.asdict(one) for one in self.nonlinear_tokens],
+        }  # fmt: skip
+
+    def mean(self, field: str) -> float:
+        """A score of the blocks, mean over all of them: the paper's one number for a model (Fig. 2, Table 1)."""
+        return statistics.fmean(getattr(score, field) for score in self.scores)
 
 
 def profile_model(
@@ -43,16 +62,18 @@ def profile_model(
     """
     listen("load", 0, 1)
     model = load_model(name, revision=revision, dtype=dtype)
-    corpus = load_corpus(texts, load_tokenizer(name, revision=revision), model.config)
+    tokenizer = load_tokenizer(name, revision=revision)
+    corpus = load_corpus(texts, tokenizer, model.config)
     listen("load", 1, 1)
     windows = corpus.calibration
     moments = measure_moments(model, windows, on_progress=lambda done: listen("moments", done, len(windows)))
     scores = score_blocks(moments)
     listen("token errors", 0, 1)
-    errors = measure_token_errors(model, corpus.selection, moments).tolist()
+    errors = measure_token_errors(model, corpus.selection, moments)
+    strangest = find_nonlinear_tokens(errors, corpus.selection, tokenizer)
     listen("token errors", 1, 1)
-    text = windows.describe()
-    return Profile(name, text, scores, errors)
+    label = f"{name}@{revision}" if revision else name
+    return Profile(label, windows.describe(), scores, take_quantiles(errors), count_errors(errors), strangest)
 
 
 def evaluate_beside(

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from enum import StrEnum
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -63,37 +64,56 @@ def common(
 
 @app.command()
 def profile(
-    model: Model,
+    models: Annotated[list[str], typer.Argument(help="Hub ids, folders, .gguf files, or aliases; several are compared.")],
     text: TrainText = ["wikipedia-sample"],  # noqa: B006
     calibration_tokens: Tokens = 32_768,
     window: Window = 1024,
     dtype: Dtype = None,
-    revision: Revision = None,
+    revision: Annotated[
+        list[str], typer.Option(help="Branch, tag or commit of one Hub model; several are compared. Repeatable.")
+    ] = [],  # noqa: B006
     page: Annotated[Path | None, typer.Option(help="Where to write the page; by default ./linearity-MODEL.html.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how linear every decoder block is.
+    """Measure how linear every decoder block is, of one model or of several side by side.
 
     Examples:
 
         shoal profile smollm2-135m
 
         shoal profile HuggingFaceTB/SmolLM2-360M --text Salesforce/wikitext:wikitext-2-raw-v1@train --json
+
+        shoal profile dense-folder finetuned-folder
+
+        shoal profile EleutherAI/pythia-70m --revision step1000 --revision step10000 --revision step143000
     """
     from shoal.profile import profile_model
 
-    from shoal_services.report import write_linearity_page
-    from shoal_services.terminal import console, linearity_table, output, show_progress
+    from shoal_services.linearity_page import write_comparison_page, write_linearity_page
+    from shoal_services.terminal import comparison_table, console, linearity_table, output, show_progress
 
+    if len(models) > 1 and revision:
+        raise ValueError("--revision chooses among the revisions of one model; name one model, or none of its revisions")
     texts = _make_texts(text, text, calibration_tokens=calibration_tokens, window=window)
+    revisions: list[str | None] = [*revision] or [None]
+    measured = []
     with show_progress() as listen:
-        measured = profile_model(model, texts, revision=revision, dtype=dtype, listen=listen)
-    page = page or Path(f"linearity-{Path(model).name}.html")
-    write_linearity_page(page, {model: measured.scores}, measured.token_errors)
+        for model, one in product(models, revisions):
+
+            def listen_for(stage: str, done: int, total: int, label: str = f"{model}@{one}" if one else model) -> None:
+                listen(f"{stage}, {label}" if len(models) + len(revisions) > 2 else stage, done, total)
+
+            measured.append(profile_model(model, texts, revision=one, dtype=dtype, listen=listen_for))
+    first = measured[0]
+    page = page or Path(f"linearity-{Path(models[0]).name}.html")
+    if len(measured) == 1:
+        write_linearity_page(page, first.model, first.scores, first)
+    else:
+        write_comparison_page(page, measured)
     if as_json:
-        print(json.dumps(measured.as_dict(), indent=2))
+        print(json.dumps(first.as_dict() if len(measured) == 1 else [one.as_dict() for one in measured], indent=2))
         return
-    output.print(linearity_table(model, measured.scores))
+    output.print(linearity_table(first.model, first.scores) if len(measured) == 1 else comparison_table(measured))
     console.print(f"page: {page}")
 
 

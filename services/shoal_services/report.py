@@ -1,16 +1,15 @@
-"""Pages that need nothing but a browser: the size/quality frontier, and linearity by depth. No CDN, no server."""
+"""Pages that need nothing but a browser: the size/quality frontier, and what every page is made of. No CDN, no server."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import plotly.graph_objects as go
 from shoal.files import write_text
 from shoal.frontier import find_frontier, name_picks
-from shoal.linearity import RANKING_REASON, BlockLinearity
 from shoal.recipe import KINDS, Point
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
@@ -44,11 +43,11 @@ def write_frontier_page(path: Path, name: str, points: Sequence[Point]) -> None:
             "than the two bars suggest. Up and to the right is worse."
         )
         sections += [
-            _draw(frontier_figure(points, frontier)),
+            draw(frontier_figure(points, frontier)),
             f"<p class='note'>{note}</p>",
             _frontier_table(points, frontier),
         ]
-    write_text(path, _page(f"{name}: frontier", sections))
+    write_text(path, make_page(f"{name}: frontier", sections))
 
 
 def frontier_figure(points: Sequence[Point], frontier: Sequence[Point]) -> go.Figure:
@@ -134,7 +133,7 @@ def _frontier_table(points: Sequence[Point], frontier: Sequence[Point]) -> str:
         "KV bytes/token",
         "decode speed",
     ]
-    return _table(header, rows, marked)
+    return make_table(header, rows, marked)
 
 
 def _dense_cells(point: Point) -> list[str]:
@@ -149,75 +148,8 @@ def _speedup(point: Point) -> str:
     return f"× {point.speed.decode_tokens_per_s / point.dense_speed.decode_tokens_per_s:.2f}"
 
 
-def write_linearity_page(
-    path: Path, models: Mapping[str, Sequence[BlockLinearity]], token_errors: Sequence[Sequence[float]] | None = None
-) -> None:
-    """Layer-wise linearity of one or several models, with the table of the first."""
-    name, scores = next(iter(models.items()))
-    note = f"Blocks are ranked by “held out”: {RANKING_REASON}. “All tokens” is the score of arXiv 2405.12250, in sample."
-    sections = [
-        f"<h1>{html.escape(name)}: linearity of the blocks</h1>",
-        _draw(linearity_figure(models)),
-        f"<p class='note'>{note} Noise floor of the in-sample scores: {scores[0].noise_floor:.3f}.</p>",
-        _linearity_table(scores, token_errors),
-    ]
-    write_text(path, _page(f"{name}: linearity", sections))
-
-
-def linearity_figure(models: Mapping[str, Sequence[BlockLinearity]]) -> go.Figure:
-    """Scores over blocks (over normalised depth, for several models)."""
-    lines = {
-        "score": ("all tokens", "#999999"),
-        "ordinary": ("sinks left out", "#56B4E9"),
-        "held_out": ("held out, sinks left out (ranks)", "#0072B2"),
-        "score_without_residual": ("without residual, all tokens", "#E69F00"),
-        "ordinary_without_residual": ("without residual, sinks left out", "#D55E00"),
-        "identity": ("identity map", "#009E73"),
-    }
-    figure = go.Figure()
-    for model, scores in models.items():
-        single = len(models) == 1
-        depth = [score.block if single else score.block / max(1, len(scores) - 1) for score in scores]
-        for field, (label, colour) in lines.items():
-            name = label if single else f"{model}: {label}"
-            style = {"color": colour} if single else {}
-            figure.add_scatter(
-                x=depth, y=[getattr(s, field) for s in scores], mode="lines+markers", name=name, line=style,
-                visible=True if field not in ("score_without_residual", "identity") else "legendonly",
-            )  # fmt: skip
-    figure.update_layout(
-        template="plotly_white", height=520, margin={"t": 20, "r": 20}, legend={"orientation": "h", "y": -0.2},
-        xaxis_title="block" if len(models) == 1 else "normalised depth", yaxis_title="linearity (share of variance)",
-    )  # fmt: skip
-    return figure
-
-
-def _linearity_table(scores: Sequence[BlockLinearity], token_errors: Sequence[Sequence[float]] | None) -> str:
-    header = [
-        "block", "held out", "all tokens", "w/o residual", "sinks out", "w/o residual, sinks out", "identity", "cosine",
-        "norm ratio", "sinks",
-    ]  # fmt: skip
-    rows = []
-    for index, s in enumerate(scores):
-        numbers = (
-            s.held_out,
-            s.score,
-            s.score_without_residual,
-            s.ordinary,
-            s.ordinary_without_residual,
-            s.identity,
-            s.cosine,
-        )
-        sinks = "moves them" if s.moves_sinks else ""
-        rows.append([str(s.block), *(f"{x:.4f}" for x in numbers), f"{s.norm_ratio:.3f}", sinks])
-        if token_errors is not None:
-            rows[-1] += [f"{error:.3f}" for error in token_errors[index]]
-    if token_errors is not None:
-        header += ["token error median", "90 %", "99 %", "max"]
-    return _table(header, rows, [False] * len(rows))
-
-
-def _table(header: list[str], rows: list[list[str]], marked: list[bool]) -> str:
+def make_table(header: list[str], rows: list[list[str]], marked: list[bool]) -> str:
+    """Cells are text, and escaped; marked rows stand out."""
     head = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in header)
     body = "".join(
         f"<tr{' class=pick' if mark else ''}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
@@ -226,11 +158,13 @@ def _table(header: list[str], rows: list[list[str]], marked: list[bool]) -> str:
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _draw(figure: go.Figure) -> str:
-    return figure.to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False, "responsive": True})
+def draw(figure: go.Figure, *, with_library: bool = True) -> str:
+    """The figure as HTML. A page's first figure brings plotly's code, the others use it."""
+    return figure.to_html(full_html=False, include_plotlyjs=with_library, config={"displaylogo": False, "responsive": True})
 
 
-def _page(title: str, sections: list[str]) -> str:
+def make_page(title: str, sections: list[str]) -> str:
+    """A whole page of sections in HTML."""
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"

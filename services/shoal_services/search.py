@@ -22,7 +22,8 @@ from shoal_services.cluster import check_cluster, connect
 from shoal_services.config import SearchConfig
 from shoal_services.events import SearchEvents, search_key
 from shoal_services.folder import RunFolder, TrialResult
-from shoal_services.report import write_frontier_page, write_linearity_page
+from shoal_services.linearity_page import write_linearity_page
+from shoal_services.report import write_frontier_page
 from shoal_services.tracking import Tracker
 from shoal_services.trials import run_trials
 
@@ -63,7 +64,7 @@ def run_search(config: SearchConfig, audience: Audience, *, num_cpus: int | None
     prepare_search(config, folder, concurrent, audience)
     scores = score_blocks(Moments.load(folder.prepared / "moments.safetensors"))
     write_text(folder.root / "linearity.json", json.dumps([dataclasses.asdict(score) for score in scores], indent=2))
-    write_linearity_page(folder.root / "linearity.html", {config.model: scores})
+    write_linearity_page(folder.root / "linearity.html", config.model, scores)
     audience.show_linearity(config.model, scores)
 
     tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")

@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from shoal.frontier import name_picks
 from shoal.linearity import RANKING_REASON, BlockLinearity
+from shoal.profile import Profile
 from shoal.recipe import Evaluation, Point
 
 from shoal_services.doctor import Check
@@ -100,6 +101,23 @@ def watch_trials(display: ProgressDisplay, trials: Path) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+
+
+def comparison_table(profiles: Sequence[Profile]) -> Table:
+    """Mean scores of several models, and their difference to the first."""
+    caption = "Means over the blocks. Scores of arXiv 2405.12250, in sample; in brackets the difference to the first."
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("model", "blocks", "with residual", "without residual", "held out", "cosine", "norm ratio"):
+        table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
+    for profile in profiles:
+        cells = [
+            f"{profile.mean(field):.4f}"
+            for field in ("score", "score_without_residual", "held_out", "cosine", "norm_ratio")
+        ]
+        for index, field in enumerate(("score", "score_without_residual")):
+            cells[index] += f" ({profile.mean(field) - profiles[0].mean(field):+.4f})"
+        table.add_row(profile.model, str(len(profile.scores)), *cells)
+    return table
 
 
 def linearity_table(name: str, scores: Sequence[BlockLinearity]) -> Table:

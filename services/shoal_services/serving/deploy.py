@@ -51,7 +51,6 @@ class Endpoint:
         self._broken: set[str] = set()
         self._said: set[str] = set()
         self._started_ray = False
-        self._node = ""
         self._observed = False
         self._shelved: dict[str, dict[str, Any]] = {}
         self._told: dict[str, Any] | None = None
@@ -72,8 +71,6 @@ class Endpoint:
         self._started_ray = not ray.is_initialized()
         connect(self.settings.address)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        # The gateway listens on the machine that this runs on.
-        self._node = ray.util.get_node_ip_address()
         logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location="Disabled", logging_config=logging_config)
         listen("start Ray", 1, 1)
@@ -158,6 +155,10 @@ class Endpoint:
         for app in in_use & set(self._idle_since):
             del self._idle_since[app]
 
+    def _here(self) -> dict[str, Any]:
+        """Options of an actor that belongs on this machine: it listens on its port, or writes to its files."""
+        return {"num_cpus": 0, "resources": {f"node:{ray.util.get_node_ip_address()}": 0.001}}
+
     def _observe(self) -> str | None:
         """Deploys the observer where there is something to observe; its application's name."""
         settings = self.settings
@@ -165,7 +166,7 @@ class Endpoint:
             return None
         if not self._observed:
             arguments = str(settings.results.resolve()), settings.tracking_uri, settings.experiment, settings.report_every_s
-            deployment = cast(serve.Deployment, serve.deployment(Observer)).options(ray_actor_options={"num_cpus": 0})
+            deployment = cast(serve.Deployment, serve.deployment(Observer)).options(ray_actor_options=self._here())
             session = time.strftime("%Y-%m-%d %H:%M:%S")
             serve.run(deployment.bind(*arguments, session), name=OBSERVER, route_prefix=None)
             self._observed = True
@@ -196,8 +197,7 @@ class Endpoint:
         deployment = cast(serve.Deployment, serve.deployment(Listener)).options(
             # Without a version of ours, Serve makes one up and starts new replicas at every call.
             _internal=True, version=CODE_VERSION, name=GATEWAY, num_replicas=self.settings.gateways, user_config=config,
-            ray_actor_options={"num_cpus": 0, "resources": {f"node:{self._node}": 0.001}}, health_check_period_s=1,
-            graceful_shutdown_timeout_s=DRAIN_S + 5,
+            ray_actor_options=self._here(), health_check_period_s=1, graceful_shutdown_timeout_s=DRAIN_S + 5,
         )  # fmt: skip
         serve.run(deployment.bind(self.settings.host, self.settings.port), name=GATEWAY, route_prefix=None)
         self._told = config
