@@ -1,7 +1,8 @@
-"""Linear layers whose weights are packed once for the CPU's bfloat16 matrix unit.
+"""Linear layers whose weights are packed once for the CPU.
 
 PyTorch packs the weights of a bfloat16 product anew at every call, which for a single token costs more than the
-product: packed once, a decode step of SmolLM2-135M reads its weights in 17 ms instead of 25 (2 cores with AMX).
+product: packed once, a decode step of SmolLM2-135M reads its weights in 17 ms instead of 25 (2 cores with AMX). In
+float32, oneDNN's layout makes products of 8 rows 1.2 to 2.1 times faster than the plain one (2 cores with AVX2).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class PackedLinear(nn.Module):
         weight = layer.weight.detach()
         weight_oi = (weight.T if isinstance(layer, Conv1D) else weight).contiguous()
         self.out_features, self.in_features = weight_oi.shape
+        self.dtype = weight_oi.dtype
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_oi, None)
         self.bias = None if layer.bias is None else layer.bias.detach()
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
@@ -29,7 +31,7 @@ class PackedLinear(nn.Module):
     def pad_to(self, min_rows: int) -> None:
         """From now on no product has fewer rows than `min_rows`."""
         self.min_rows = min_rows
-        self.padded = torch.zeros((min_rows, self.in_features), dtype=torch.bfloat16)
+        self.padded = torch.zeros((min_rows, self.in_features), dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -42,7 +44,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module, *, max_rows: int) -> int:
-    """Swaps the linear layers of a bfloat16 model on a CPU for packed ones; returns how many (0 on other hardware).
+    """Swaps the linear layers of a model on a CPU for packed ones; returns how many (0 on other hardware).
 
     A token's output is then the same, bit by bit, whatever the rows beside it, up to `max_rows` of them. The model can
     no longer be saved or trained.
@@ -54,7 +56,7 @@ def pack_linears(model: nn.Module, *, max_rows: int) -> int:
         for name, child in parent.named_children():
             if type(child) in (nn.Linear, Conv1D):
                 layer = cast(nn.Linear | Conv1D, child)
-                if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.bfloat16:
+                if layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.bfloat16, torch.float32):
                     found.append((parent, name, PackedLinear(layer)))
     min_rows: dict[tuple[int, int], int] = {}
     for parent, name, packed in found:
@@ -72,7 +74,7 @@ def find_stable_rows(layer: PackedLinear, max_rows: int) -> int:
     oneDNN may choose another order of summation for another number of rows: with AMX it does for a few rows, with
     AVX-512 alone for none. With AMX, up to 16 rows cost what one costs, without it each row costs.
     """
-    rows = torch.randn((max_rows, layer.in_features), generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows = torch.randn((max_rows, layer.in_features), generator=torch.Generator().manual_seed(0)).to(layer.dtype)
     whole = layer(rows)
     fewest = max_rows
     while fewest > 1 and torch.equal(layer(rows[: fewest - 1]), whole[: fewest - 1]):
