@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import aiohttp
 import mlflow
@@ -42,8 +43,13 @@ ROOMY = Limits(max_batch_size=8, max_queued=64, max_context=256, max_tokens=64)
 PROMPTS = ["The sea was calm when", "A ship that", "In the north of the country", "Nobody knew"]
 
 
-class Row(tuple[str, str, str, bool]):
-    """What was done, what came of it, the bound, and whether it held."""
+class Row(NamedTuple):
+    """A line of the table."""
+
+    done: str
+    came: str
+    bound: str
+    held: bool
 
 
 @contextmanager
@@ -113,8 +119,8 @@ def overload(model: str) -> list[Row]:
         ratio = over.latency_ms(99) / alone.latency_ms(99)
         said = f"{dict(found)}; p99 {over.latency_ms(99):.0f} ms, unloaded {alone.latency_ms(99):.0f} ms: {ratio:.2f} ×"
         return [
-            Row(("overload × 3: accepted requests' p99", said, "≤ 2 × unloaded", ratio <= 2)),
-            Row(("overload × 3: the rest", f"{dict(found)}", "429, nothing else", set(found) <= {"whole", "429"})),
+            Row("overload × 3: accepted requests' p99", said, "≤ 2 × unloaded", ratio <= 2),
+            Row("overload × 3: the rest", f"{dict(found)}", "429, nothing else", set(found) <= {"whole", "429"}),
         ]
 
 
@@ -133,8 +139,8 @@ def memory(model: str, num_requests: int = 10_000) -> list[Row]:
         said = ", ".join(f"{what} {before[what]:.0f} → {after[what]:.0f} MiB" for what in before)
         flat = all(after[what] <= 1.05 * before[what] + 8 for what in before)
         return [
-            Row((f"{num_requests:,} requests: memory", said, "≤ 5 % + 8 MiB more", flat)),
-            Row((f"{num_requests:,} requests: answers", f"{dict(found)}", "all whole", set(found) == {"whole"})),
+            Row(f"{num_requests:,} requests: memory", said, "≤ 5 % + 8 MiB more", flat),
+            Row(f"{num_requests:,} requests: answers", f"{dict(found)}", "all whole", set(found) == {"whole"}),
         ]
 
 
@@ -167,7 +173,7 @@ def slow(model: str) -> list[Row]:
         p50, ordinary_p50 = beside.latency_ms(50), ordinary.latency_ms(50)
         said = f"{dict(count(beside))}; p50 {p50:.0f} ms, beside four ordinary clients {ordinary_p50:.0f} ms"
         good = count(beside) == {"whole": 20} and p50 <= 1.5 * ordinary_p50
-        return [Row(("beside four slow readers and leavers", said, "all whole, p50 ≤ 1.5 ×", good))]
+        return [Row("beside four slow readers and leavers", said, "all whole, p50 ≤ 1.5 ×", good)]
 
 
 def kill(model: str) -> list[Row]:
@@ -183,8 +189,8 @@ def kill(model: str) -> list[Row]:
         found = count(future.result())
         failed = found["broken off"] + found["503"]
         return [
-            Row(("kill -9 of a replica: lost", f"{dict(found)}", f"≤ {in_flight} in flight", failed <= in_flight)),
-            Row(("kill -9 of a replica: back after", f"{seconds:.1f} s", "≤ 10 s", seconds <= 10)),
+            Row("kill -9 of a replica: lost", f"{dict(found)}", f"≤ {in_flight} in flight", failed <= in_flight),
+            Row("kill -9 of a replica: back after", f"{seconds:.1f} s", "≤ 10 s", seconds <= 10),
         ]
 
 
@@ -212,8 +218,8 @@ def roll(model: str) -> list[Row]:
             switched = count(future.result())
         assert moved == [f"a is now {folders[1]}"], moved
     return [
-        Row(("another version and back", f"{dict(updated)}", "all whole", set(updated) == {"whole"})),
-        Row(("an alias moves", f"{dict(switched)}", "all whole", set(switched) == {"whole"})),
+        Row("another version and back", f"{dict(updated)}", "all whole", set(updated) == {"whole"}),
+        Row("an alias moves", f"{dict(switched)}", "all whole", set(switched) == {"whole"}),
     ]
 
 
@@ -226,7 +232,7 @@ def drain(model: str) -> list[Row]:
             under_way = not future.done()
         found = count(future.result())
     said = f"{dict(found)}{'' if under_way else ', done before the stop'}"
-    return [Row(("stopped while it streams", said, "all whole", under_way and set(found) == {"whole"}))]
+    return [Row("stopped while it streams", said, "all whole", under_way and set(found) == {"whole"})]
 
 
 def copy_twice(model: str, root: Path) -> list[str]:

@@ -32,7 +32,6 @@ class Experiments:
         self._untold: list[Outcome | Comparison] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_shadows = 0
-        self._told_at = 0.0
 
     def begin(self, variant: str, route: str | None, calls: list[Call]) -> Course:
         """The course of a request that is about to go to `variant`, chosen by `route` if there was one."""

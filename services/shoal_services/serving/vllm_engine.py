@@ -55,13 +55,13 @@ class VllmEngine:
         Raises ValueError if prompt and new tokens exceed the context, `QueueFull` if too many wait.
         """
         request.check_length(self.max_context)
-        running = self.statistics.running + self.statistics.waiting
-        if running >= self._limits.max_batch_size + self._limits.max_queued:
-            raise QueueFull(f"{running} requests run and wait")
+        statistics = self.statistics
+        if statistics.running >= self._limits.max_batch_size + self._limits.max_queued:
+            raise QueueFull(f"{statistics.running} requests run and wait")
         deltas: list[Delta] = []
-        self._count(requests=1, running=1)
+        statistics.requests += 1
+        statistics.running += 1
         try:
-            # vLLM generates at least one token; who wants none gets the prompt alone.
             async for output in self.engine.generate(
                 {"prompt_token_ids": list(request.prompt_ids)}, _sampling(request), str(next(self._numbers))
             ):
@@ -69,11 +69,11 @@ class VllmEngine:
                     deltas.append(self._echo(output, request))
                     listen(deltas[-1])
                 deltas.append(_read(output.outputs[0], request))
-                self._count(generated_tokens=len(deltas[-1].tokens))
+                statistics.generated_tokens += len(deltas[-1].tokens)
                 listen(deltas[-1])
                 self._tell_soon()
         finally:
-            self._count(running=-1)
+            statistics.running -= 1
         return Delta.join(deltas)
 
     def close(self) -> None:
@@ -88,10 +88,6 @@ class VllmEngine:
         if number is not None:  # the first token has no scores, which would hold its text
             tokens[0] = Token(ids[0], str(self._tokenizer.decode([ids[0]])))
         return Delta(text=str(self._tokenizer.decode(list(ids), skip_special_tokens=True)), prompt_tokens=tuple(tokens))
-
-    def _count(self, **changes: int) -> None:
-        for name, change in changes.items():
-            setattr(self.statistics, name, getattr(self.statistics, name) + change)
 
     def _tell_soon(self) -> None:
         """Once for all pieces of a step, which come to the event loop together."""
@@ -128,7 +124,7 @@ def _read(output: Any, request: Generation) -> Delta:
     reason: FinishReason | None = output.finish_reason
     if reason not in (None, "stop", "length"):
         raise RuntimeError(f"vLLM ended the request: {reason}")
-    if request.max_tokens == 0:
+    if request.max_tokens == 0:  # vLLM generates one token at least; who wants none gets the prompt alone
         return Delta(finish_reason="length")
     scores = output.logprobs or [None] * len(output.token_ids)
     tokens = tuple(
