@@ -1,4 +1,4 @@
-"""The commands `shoal serve`, `shoal bench-serve` and `shoal keys`. Heavy imports stand inside them."""
+"""`shoal serve`, `shoal bench-serve` and `shoal keys`."""
 
 from __future__ import annotations
 

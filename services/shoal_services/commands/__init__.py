@@ -1,0 +1,1 @@
+"""The commands of `shoal`, a file for each kind of work. Heavy imports stand inside them: `--help` answers at once."""

@@ -1,0 +1,201 @@
+"""`shoal profile`, `shoal compress` and `shoal evaluate`: one model, or several, on this machine."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal_services.commands.options import (
+    AsJson,
+    Dtype,
+    EvaluationText,
+    EvaluationTokens,
+    Model,
+    Revision,
+    Tokens,
+    TrainText,
+    Window,
+    make_texts,
+)  # fmt: skip
+
+
+class KindName(StrEnum):
+    """What stands in for a replaced block."""
+
+    linear = "linear"
+    low_rank = "low_rank"
+    folded = "folded"
+    dropped = "dropped"
+
+
+class SelectionName(StrEnum):
+    """How blocks are chosen."""
+
+    linearity = "linearity"
+    linearity_in_sample = "linearity_in_sample"
+    linearity_without_residual = "linearity_without_residual"
+    cosine = "cosine"
+    window = "window"
+    greedy_kl = "greedy_kl"
+
+
+def profile(
+    models: Annotated[list[str], typer.Argument(help="Hub ids, folders, .gguf files, or aliases; several are compared.")],
+    text: TrainText = ["wikipedia-sample"],  # noqa: B006
+    calibration_tokens: Tokens = 32_768,
+    window: Window = 1024,
+    dtype: Dtype = None,
+    revision: Annotated[
+        list[str], typer.Option(help="Branch, tag or commit of one Hub model; several are compared. Repeatable.")
+    ] = [],  # noqa: B006
+    page: Annotated[Path | None, typer.Option(help="Where to write the page; by default ./linearity-MODEL.html.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how linear every decoder block is, of one model or of several side by side.
+
+    Examples:
+
+        shoal profile smollm2-135m
+
+        shoal profile HuggingFaceTB/SmolLM2-360M --text Salesforce/wikitext:wikitext-2-raw-v1@train --json
+
+        shoal profile dense-folder finetuned-folder
+
+        shoal profile EleutherAI/pythia-70m --revision step1000 --revision step10000 --revision step143000
+    """
+    from shoal.profile import profile_model
+
+    from shoal_services.linearity_page import write_comparison_page, write_linearity_page
+    from shoal_services.terminal import comparison_table, console, linearity_table, output, show_progress
+
+    if len(models) > 1 and revision:
+        raise ValueError("--revision chooses among the revisions of one model; name one model, or none of its revisions")
+    texts = make_texts(text, text, calibration_tokens=calibration_tokens, window=window)
+    revisions: list[str | None] = [*revision] or [None]
+    measured = []
+    with show_progress() as listen:
+        for model, one in product(models, revisions):
+
+            def listen_for(stage: str, done: int, total: int, label: str = f"{model}@{one}" if one else model) -> None:
+                listen(f"{stage}, {label}" if len(models) + len(revisions) > 2 else stage, done, total)
+
+            measured.append(profile_model(model, texts, revision=one, dtype=dtype, listen=listen_for))
+    first = measured[0]
+    page = page or Path(f"linearity-{Path(models[0]).name}.html")
+    if len(measured) == 1:
+        write_linearity_page(page, first.model, first.scores, first)
+    else:
+        write_comparison_page(page, measured)
+    if as_json:
+        print(json.dumps(first.as_dict() if len(measured) == 1 else [one.as_dict() for one in measured], indent=2))
+        return
+    output.print(linearity_table(first.model, first.scores) if len(measured) == 1 else comparison_table(measured))
+    console.print(f"page: {page}")
+
+
+def compress(
+    model: Model,
+    num_replaced: Annotated[int | None, typer.Option("--num-replaced", "-n", help="How many blocks to replace.")] = None,
+    blocks: Annotated[str | None, typer.Option(help="Which blocks, instead of how many: 12,13,15.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to make; by default MODEL-KIND-N.")] = None,
+    kind: Annotated[KindName, typer.Option(help="linear, low_rank (with --rank), folded, dropped.")] = KindName.linear,
+    rank: Annotated[int | None, typer.Option(help="Rank of the maps of kind low_rank.")] = None,
+    selection: Annotated[SelectionName, typer.Option(help="How blocks are chosen.")] = SelectionName.linearity,
+    distil_tokens: Annotated[int, typer.Option(help="Tokens to distil on; 0 fits in closed form only.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the distillation.")] = 5e-4,
+    trained: Annotated[str, typer.Option(help="What distillation trains: maps, lora (and maps), all.")] = "lora",
+    text: TrainText = ["wikipedia-sample"],  # noqa: B006
+    evaluation_text: EvaluationText = ["wikipedia-sample"],  # noqa: B006
+    calibration_tokens: Tokens = 32_768,
+    evaluation_tokens: EvaluationTokens = 16_384,
+    window: Window = 1024,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    seed: Annotated[int, typer.Option(help="Seed of the distillation.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make one shallower model: choose blocks, fit their replacements, distil, evaluate, store.
+
+    Examples:
+
+        shoal compress smollm2-135m --num-replaced 6
+
+        shoal compress smollm2-135m -n 8 --kind folded --distil-tokens 131072 -o smol-22
+
+        shoal compress ./my-llama --blocks 12,13,14 --text corpus.txt --evaluation-text held-out.txt
+    """
+    from shoal.compress import compress as run
+    from shoal.recipe import Distillation, Recipe
+
+    from shoal_services.terminal import console, output, point_table, show_progress
+
+    listed = _parse_blocks(blocks)
+    if (num_replaced is None) == (listed is None):
+        raise ValueError("give either --num-replaced or --blocks")
+    count = len(listed) if listed is not None else num_replaced or 0
+    if count < 1:
+        raise ValueError(f"--num-replaced {count}: choose 1 or more blocks to replace")
+    recipe = Recipe.model_validate(
+        {
+            "base_model": model, "revision": revision, "num_replaced": count, "blocks": listed, "kind": kind.value,
+            "rank": rank, "selection": "listed" if listed else selection.value, "seed": seed, "dtype": dtype,
+            "distillation": Distillation.model_validate(
+                {"num_tokens": distil_tokens, "learning_rate": learning_rate, "trained": trained}
+            ) if distil_tokens else None,
+        }
+    )  # fmt: skip
+    texts = make_texts(
+        text, evaluation_text, calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens, window=window
+    )
+    folder = out or Path(f"{Path(model).name}-{kind.value}-{count}")
+    with show_progress() as listen:
+        point = run(recipe, folder, texts=texts, listen=listen)
+    if as_json:
+        print(point.model_dump_json(indent=2))
+        return
+    output.print(point_table(point))
+    console.print(f"model: {folder}   card: {folder / 'README.md'}   load: shoal.load({str(folder)!r})")
+
+
+def evaluate(
+    model: Model,
+    dense: Annotated[str | None, typer.Option(help="The dense model; by default that of the folder's recipe.")] = None,
+    evaluation_text: EvaluationText = ["wikipedia-sample"],  # noqa: B006
+    evaluation_tokens: EvaluationTokens = 16_384,
+    window: Window = 1024,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a compressed model beside its dense model on the same tokens.
+
+    Examples:
+
+        shoal evaluate smollm2-135m-linear-6
+
+        shoal evaluate ./my-model --dense ./my-dense --evaluation-text held-out.txt --json
+    """
+    from shoal.profile import evaluate_beside
+
+    from shoal_services.terminal import evaluation_table, output, show_progress
+
+    texts = make_texts(evaluation_text, evaluation_text, evaluation_tokens=evaluation_tokens, window=window)
+    with show_progress() as listen:
+        evaluations = evaluate_beside(model, dense, texts, dtype=dtype, listen=listen)
+    if as_json:
+        print(json.dumps([json.loads(e.model_dump_json()) for e in evaluations], indent=2))
+        return
+    output.print(evaluation_table(model, evaluations))
+
+
+def _parse_blocks(blocks: str | None) -> tuple[int, ...] | None:
+    if blocks is None:
+        return None
+    try:
+        return tuple(int(block) for block in blocks.split(","))
+    except ValueError as error:
+        raise ValueError(f"--blocks {blocks!r} is no list of numbers such as 12,13,15") from error

@@ -1,0 +1,126 @@
+"""`shoal search` and `shoal frontier`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal_services.commands.options import AsJson
+
+
+def search(
+    config: Annotated[Path, typer.Argument(help="A search: a YAML file as in tune_configs/.")],
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use; by default a local one is started.")] = None,
+    storage: Annotated[Path | None, typer.Option(help="Folder for all searches, instead of run.storage.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server, instead of SQLite in the search's folder.")
+    ] = None,
+    num_cpus: Annotated[int | None, typer.Option(help="CPUs of the local cluster; by default all.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search the size/quality frontier of a model on a Ray cluster.
+
+    Interrupted at any time, the same command goes on where it stopped.
+
+    Examples:
+
+        shoal search tune_configs/demo.yaml
+
+        shoal search my.yaml --address ray://head:10001 --storage /mnt/shared --tracking-uri http://mlflow:5000
+    """
+    from shoal_services.config import load_config
+
+    loaded = load_config(config)
+    given = {"address": address, "storage": storage, "tracking_uri": tracking_uri}
+    run = loaded.run.model_copy(update={name: value for name, value in given.items() if value is not None})
+    loaded = loaded.model_copy(update={"run": run})
+
+    from shoal_services.search import run_search
+    from shoal_services.terminal import console, show_progress, watch_trials
+
+    try:
+        with show_progress() as display, watch_trials(display, loaded.folder / "trials"):
+            outcome = run_search(loaded, display, num_cpus=num_cpus)
+    except KeyboardInterrupt as interrupt:
+        console.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from interrupt
+    _print_outcome(loaded.name, outcome, as_json)
+
+
+def _print_outcome(name: str, outcome, as_json: bool) -> None:
+    from shoal_services.terminal import console, frontier_table, output
+
+    if as_json:
+        print((outcome.folder / "frontier.json").read_text())
+    else:
+        output.print(frontier_table(name, outcome.frontier))
+    for result in outcome.results:
+        if result.status != "finished":
+            console.print(f"trial {result.key} {result.status}: {result.reason}")
+    if outcome.num_unsent:
+        console.print(
+            f"{outcome.num_unsent} records wait for the tracker ({outcome.tracking_problem}); "
+            "give the same command again when it is up"
+        )
+    folder = outcome.folder
+    console.print(f"frontier: {folder / 'frontier.html'}   linearity: {folder / 'linearity.html'}")
+    console.print(f"compare:  shoal frontier {_short(folder)} --prompt 'The sea is'")
+    console.print(f"runs:     mlflow ui --backend-store-uri {outcome.tracking_uri}")
+
+
+def frontier(
+    folder: Annotated[Path, typer.Argument(help="A search's folder.")],
+    prompt: Annotated[str | None, typer.Option(help="Continue this with the dense model and each point.")] = None,
+    max_parameters: Annotated[int | None, typer.Option(help="Print the best point within this size only.")] = None,
+    num_new: Annotated[int, typer.Option("--max-tokens", help="Tokens to continue a prompt by.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Show the frontier of a search, pick from it, and compare what its models write.
+
+    Examples:
+
+        shoal frontier shoal-runs/demo
+
+        shoal frontier shoal-runs/demo --prompt "The history of the"
+
+        shoal frontier shoal-runs/demo --max-parameters 120000000 --json
+    """
+    from shoal.frontier import find_best_within, find_frontier
+
+    from shoal_services.folder import RunFolder
+    from shoal_services.terminal import console, frontier_table, output
+
+    run = RunFolder(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{str(folder)!r} is no search's folder: it has no config.json; give shoal-runs/NAME")
+    points = find_frontier(run.find_points())
+    if max_parameters is not None:
+        points = [find_best_within(run.find_points(), max_parameters=max_parameters)]
+    if as_json:
+        print(json.dumps([json.loads(point.model_dump_json()) for point in points], indent=2))
+        return
+    output.print(frontier_table(folder.name, points))
+    if prompt is not None:
+        _compare_continuations(points, prompt, num_new)
+    console.print(f"page: {folder / 'frontier.html'}   models: {folder / 'trials'}/KEY/model")
+
+
+def _compare_continuations(points, prompt: str, num_new: int) -> None:
+    from shoal.generate import continue_text
+    from shoal.models import load_model, load_tokenizer
+
+    from shoal_services.terminal import output
+
+    base = points[0].recipe.base_model
+    tokenizer = load_tokenizer(base, revision=points[0].recipe.revision)
+    named = [("dense", base), *((f"{p.recipe.num_replaced} {p.recipe.kind}", p.artefact) for p in reversed(points))]
+    for name, place in named:
+        text = continue_text(load_model(place), tokenizer, prompt, num_new=num_new)
+        output.print(f"[bold]{name:>12}[/bold]  {prompt}[cyan]{text}[/cyan]", soft_wrap=False)
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
