@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import os
 import signal
 import socket
@@ -349,6 +350,17 @@ def test_shared_variants_take_turns_in_one_process(endpoint: Endpoint, folders: 
     assert sum("ServeReplica:shelf" in " ".join(process.cmdline()) for process in family) == 1
     endpoint.reconcile(before)
     assert set(send(endpoint, "rare-0", 1)) == {404}
+
+
+def test_a_shared_variant_that_cannot_be_loaded_is_refused_at_once(endpoint: Endpoint, folders: list[str], tmp_path: Path):
+    before, damaged = endpoint.settings, tmp_path / "damaged"
+    shutil.copytree(folders[0], damaged)
+    (damaged / "model.safetensors").write_bytes(b"cut off")
+    shared = {"rare": VariantSettings(model=str(damaged), shared=True)}
+    (said,) = endpoint.reconcile(before.model_copy(update={"variants": before.variants | shared}))
+    assert said.startswith("rare stays as it is: variant 'rare' cannot be loaded") and str(damaged) in said
+    assert set(send(endpoint, "rare", 1)) == {404}
+    endpoint.reconcile(before)
 
 
 def test_clients_that_go_away_harm_nobody(endpoint: Endpoint, http: httpx.Client):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -108,6 +108,20 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         return AutoTokenizer.from_pretrained(folder, **extra)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"cannot load the tokenizer of {name!r}: {_explain(error)}") from error
+
+
+def check_model(name: str, *, revision: str | None = None) -> None:
+    """What can be told of a model in a moment, without its weights. Raises ValueError if it cannot be loaded."""
+    load_tokenizer(name, revision=revision)
+    folder, extra = _locate(name, revision)
+    extra.pop("quantization_config", None)
+    try:
+        if not _find_shoal_class(Path(folder)):
+            AutoConfig.from_pretrained(folder, **extra)
+        for file in Path(folder).glob("*.safetensors"):
+            safe_open(file, framework="pt").keys()
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"cannot load model {name!r}: {_explain(error)}") from error
 
 
 def hash_weights(model: nn.Module) -> str:

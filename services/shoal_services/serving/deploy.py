@@ -30,6 +30,7 @@ from shoal_services.serving.variant import Variant
 GATEWAY, OBSERVER, SHELF = "gateway", "observer", "shelf"
 # Calls on their way to being refused by a replica.
 REFUSED_AT_ONCE = 16
+CHECK_S = 120
 CODE_VERSION = "1"
 
 
@@ -144,6 +145,12 @@ class Endpoint:
             ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
         )  # fmt: skip
         serve.run(deployment.bind(limits.model_dump()), name=SHELF, route_prefix=None)
+        try:
+            serve.get_app_handle(SHELF).check.remote(model_id).result(timeout_s=CHECK_S)
+        except ValueError as error:
+            self._broken.add(model_id)
+            del self._shelved[model_id]
+            raise ValueError(f"variant {model['name']!r} cannot be loaded from {model['place']!r}: {error}") from error
 
     def _retire(self) -> None:
         """Ends applications that no variant has used for `rollback_s`; their requests finish first."""

@@ -47,6 +47,7 @@ class Experiments:
             )
         shadow = self.shadows.get(course.variant)
         if shadow and self._wants(course) and random.random() < shadow.share:
+            self._num_shadows += 1
             self._start(self._compare(course, shadow.variant))
 
     def _wants(self, course: Course) -> bool:
@@ -57,7 +58,6 @@ class Experiments:
         return course.result == "answered" and len(course.calls) == 1 and determined and free
 
     async def _compare(self, course: Course, shadow: str) -> None:
-        self._num_shadows += 1
         ours, theirs, latency_ms = course.tokens[0], list[int](), None
         try:
             started = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import ray
@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from shoal_services.serving.answer import Answer
+from shoal_services.serving.answer import Answer, cancel
 from shoal_services.serving.channel import Inbox
 from shoal_services.serving.course import Course
 from shoal_services.serving.events import count_tokens, write_events
@@ -170,6 +170,5 @@ async def _gather(handle: DeploymentHandle, calls: list[Call]) -> list[Piece]:
         return list(await asyncio.gather(*responses))
     except BaseException:
         for response in responses:
-            with suppress(Exception):  # to cancel a call that Serve refused raises what it was refused with
-                response.cancel()
+            cancel(response)
         raise

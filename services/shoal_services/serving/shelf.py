@@ -25,6 +25,12 @@ class Shelf:
         """Model id → {name, place, variant}: what can be asked for."""
         self.models = models
 
+    async def check(self, model_id: str) -> None:
+        """Raises ValueError for a model that could not be loaded if it were asked for, as far as its files tell."""
+        from shoal.models import check_model
+
+        await asyncio.to_thread(check_model, self.models[model_id]["place"])
+
     async def load(self, model_id: str) -> Variant:
         """A variant by its id. Raises what its start raises."""
         model = self.models[model_id]
