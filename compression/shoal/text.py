@@ -12,6 +12,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from shoal.recipe import PACKAGED_TEXT, Text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 TEXT_FIELDS = ("text", "content", "document", "story", "article")
 # Fractions of a source that several roles share. A role gets what it needs from its share, and no more.
@@ -75,7 +79,7 @@ def load_documents(source: str) -> Documents:
     elif Path(source).suffix in (".txt", ".jsonl", ".parquet"):
         documents = _read_file(Path(source))
     else:
-        documents = _read_hub(source)
+        documents = _from_columns(source, open_dataset(source))
     texts = [text for text in documents.texts if text.strip()]
     if not texts:
         raise ValueError(f"{source!r} holds no text: every document is empty")
@@ -106,17 +110,34 @@ def _read_file(path: Path) -> Documents:
         raise ValueError(f"text file {str(path)!r} does not exist; check the path")
     if path.suffix == ".txt":
         return Documents(path.name, _split_pieces(path.read_text(encoding="utf-8", errors="replace")), independent=False)
+    if path.stat().st_size == 0:
+        return Documents(path.name, [])
+    return _from_columns(path.name, open_dataset(str(path)))
+
+
+def open_dataset(source: str) -> Dataset:
+    """The rows of a .jsonl or .parquet file, or of a Hub dataset. Raises ValueError if it cannot be read."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    if path.stat().st_size == 0:
-        return Documents(path.name, [])
-    kind = "json" if path.suffix == ".jsonl" else "parquet"
+    path = Path(source)
+    if path.suffix in (".jsonl", ".parquet"):
+        if not path.is_file():
+            raise ValueError(f"data file {source!r} does not exist; check the path")
+        kind = "json" if path.suffix == ".jsonl" else "parquet"
+        try:
+            return load_dataset(kind, data_files=source, split="train")
+        except (DatasetsError, ValueError) as error:
+            raise ValueError(f"data file {source!r} is damaged or no {path.suffix}: {_first_line(error)}") from error
+    name, _, split = source.partition("@")
+    name, _, config = name.partition(":")
     try:
-        dataset = load_dataset(kind, data_files=str(path), split="train")
-    except (DatasetsError, ValueError) as error:
-        raise ValueError(f"text file {str(path)!r} is damaged or no {path.suffix}: {_first_line(error)}") from error
-    return _from_columns(path.name, dataset)
+        return load_dataset(name, config or None, split=split or "train")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"cannot load {source!r}: it is not {PACKAGED_TEXT!r}, no local .txt, .jsonl or .parquet file, and not a "
+            f"dataset that the Hub (or its cache) gives: {_first_line(error)}"
+        ) from error
 
 
 def _split_pieces(text: str, length: int = 8000) -> list[str]:
@@ -132,21 +153,7 @@ def _split_pieces(text: str, length: int = 8000) -> list[str]:
     return [*pieces, "".join(lines)]
 
 
-def _read_hub(source: str) -> Documents:
-    from datasets import load_dataset
-
-    name, _, split = source.partition("@")
-    name, _, config = name.partition(":")
-    try:
-        return _from_columns(source, load_dataset(name, config or None, split=split or "train"))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"cannot load text {source!r}: it is not {PACKAGED_TEXT!r}, no local .txt, .jsonl or .parquet file, and not a "
-            f"dataset that the Hub (or its cache) gives: {_first_line(error)}"
-        ) from error
-
-
-def _from_columns(name: str, dataset) -> Documents:
+def _from_columns(name: str, dataset: Dataset) -> Documents:
     columns = [
         c for c, feature in dataset.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")
     ]

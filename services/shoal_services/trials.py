@@ -54,7 +54,7 @@ def run_trials(
 
     Raises KeyboardInterrupt after a clean stop; the same call goes on.
     """
-    _quieten()
+    quieten()
     done = {result.key: result for result in folder.read_results()}
     assignments = _missing_assignments(config, folder, done)
     num_samples = len(assignments) if config.search.algorithm == "grid" else max(0, config.num_trials - len(done))
@@ -241,7 +241,7 @@ def find_better(results: list[TrialResult], report: dict[str, Any], ratio: float
     return None
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Tune's and Optuna's own messages go to Ray's log files; the terminal is for progress."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)

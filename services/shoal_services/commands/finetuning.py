@@ -1,0 +1,133 @@
+"""`shoal finetune`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shoal_services.commands.options import AsJson, Dtype, Model, Revision, Tokens, TrainText, Window, make_texts
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from shoal_services.finetuning import Finetuned
+
+
+class TaskName(StrEnum):
+    """What is learned."""
+
+    classification = "classification"
+    preference = "preference"
+
+
+class TrainedName(StrEnum):
+    """Which weights are trained."""
+
+    all = "all"
+    lora = "lora"
+
+
+def finetune(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Examples: Hub dataset, .jsonl or .parquet.")],
+    task: Annotated[
+        TaskName, typer.Option(help="Classes of texts, or which of two texts is better (`chosen`, `rejected`).")
+    ] = TaskName.classification,
+    text_column: Annotated[list[str], typer.Option(help="Column of the text; several become lines.")] = ["text"],  # noqa: B006
+    label_column: Annotated[str, typer.Option(help="Column of the class.")] = "label",
+    trained: Annotated[TrainedName, typer.Option(help="All weights, or LoRA in every projection.")] = TrainedName.all,
+    num_seeds: Annotated[int, typer.Option(help="How often, each time with another seed: the spread is over these.")] = 3,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; by default 2e-5, with LoRA 2e-4.")] = None,
+    num_epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Examples per step, over all workers.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text; of longer ones the end is kept.")] = 256,
+    text: TrainText = ["wikipedia-sample"],  # noqa: B006
+    calibration_tokens: Tokens = 32_768,
+    window: Window = 1024,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    name: Annotated[str | None, typer.Option(help="Folder in the storage; by default finetune-MODEL-DATA.")] = None,
+    num_workers: Annotated[int, typer.Option(help="Ray Train workers per seed.")] = 1,
+    cpus_per_worker: Annotated[float, typer.Option(help="CPUs of each.")] = 1,
+    gpus_per_worker: Annotated[float, typer.Option(help="GPUs of each.")] = 0,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use; by default a local one is started.")] = None,
+    storage: Annotated[Path, typer.Option(help="Folder that all nodes share.")] = Path("shoal-runs"),
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server, instead of SQLite in the folder.")] = None,
+    num_cpus: Annotated[int | None, typer.Option(help="CPUs of the local cluster; by default all.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a decoder on classes or preferences, and measure what that does to its linearity.
+
+    Every seed leaves a causal model; linearity before and after is measured on --text. Interrupted, the same command
+    goes on.
+
+    Examples:
+
+        shoal finetune smollm2-135m --data reviews.jsonl
+
+        shoal finetune gpt2 --data google/boolq --text-column question --text-column passage --label-column answer
+
+        shoal finetune gpt2 --data Anthropic/hh-rlhf --task preference --trained lora --gpus-per-worker 1
+    """
+    from shoal_services.finetuning import FinetuningJob, run_finetuning
+    from shoal_services.linearity_page import write_comparison_page
+    from shoal_services.terminal import console, output, show_progress
+
+    rate = learning_rate or (2e-4 if trained is TrainedName.lora else 2e-5)
+    settings = {
+        "trained": trained.value, "learning_rate": rate, "num_epochs": num_epochs, "batch_size": batch_size,
+        "max_length": max_length,
+    }  # fmt: skip
+    run = {
+        "num_workers": num_workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker,
+        "address": address, "storage": storage, "tracking_uri": tracking_uri,
+    }  # fmt: skip
+    job = FinetuningJob.model_validate(
+        {
+            "name": name or f"finetune-{Path(model).name}-{Path(data).stem.replace(':', '-').replace('@', '-')}",
+            "model": model, "revision": revision, "dtype": dtype, "data": data, "task": task.value,
+            "text_columns": tuple(text_column), "label_column": label_column, "seeds": tuple(range(num_seeds)),
+            "finetuning": settings, "run": run,
+            "texts": make_texts(text, text, calibration_tokens=calibration_tokens, window=window),
+        }
+    )  # fmt: skip
+    with show_progress() as listen:
+        finetuned = run_finetuning(job, listen, num_cpus=num_cpus)
+    page = job.folder / "linearity.html"
+    write_comparison_page(page, finetuned.profiles())
+    if as_json:
+        print(json.dumps(finetuned.as_dict(), indent=2))
+        return
+    output.print(_make_table(finetuned))
+    console.print(f"models: {job.folder}/seed-N/model   page: {page}")
+
+
+def _make_table(finetuned: Finetuned) -> Table:
+    """Accuracy and mean linearity of each seed, and the change with its standard error over the seeds."""
+    from rich.table import Table
+
+    text = finetuned.text
+    table = Table(
+        title=f"{finetuned.job.model} fine-tuned on {finetuned.job.data}", caption_justify="left",
+        caption=f"Linearity on {text.name}, {text.num_tokens:,} tokens, mean over blocks. Accuracy on held-out examples. "
+        "Change: mean over seeds ± one standard error.",
+    )  # fmt: skip
+    for column in ("", "accuracy", "all tokens", "w/o residual", "held out"):
+        table.add_column(column, justify="right" if column else "left")
+    fields = ("score", "score_without_residual", "held_out")
+    table.add_row(
+        "before", "", *(f"{statistics.fmean(getattr(s, field) for s in finetuned.before):.4f}" for field in fields)
+    )
+    for result in finetuned.results:
+        accuracy = f"{result.accuracy:.1%} ± {result.accuracy_standard_error:.1%}"
+        table.add_row(f"seed {result.seed}", accuracy, *(f"{result.mean(field):.4f}" for field in fields))
+    changes = [finetuned.change(field) for field in fields]
+    table.add_row(
+        "change", "", *(f"{mean:+.4f}" + (f" ± {error:.4f}" if error == error else "") for mean, error in changes)
+    )
+    return table

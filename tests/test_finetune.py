@@ -1,0 +1,143 @@
+"""Labelled texts, and decoders fine-tuned on them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from shoal.finetune import Collator, Finetuning, FinetuningRun, ScoredDecoder
+from shoal.labelled import Labelled, Preferences, load_labelled, load_preferences
+from shoal.models import load_model, load_tokenizer
+from shoal.profile import profile_model
+from shoal.recipe import Texts
+from shoal_services.config import Run
+from shoal_services.finetuning import MEASURES, FinetuningJob, run_finetuning
+from shoal_services.linearity_page import write_comparison_page
+
+FAST = Finetuning(learning_rate=3e-3, num_epochs=3, batch_size=16, max_length=32)
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def make_labelled(count: int = 160) -> Labelled:
+    """A text is positive if it ends with "!": easy to learn for a model of bytes."""
+    rng = random.Random(0)
+    labels = [rng.randrange(2) for _ in range(count)]
+    texts = ["".join(rng.choices("abcdefgh ", k=12)) + "?!"[label] for label in labels]
+    return Labelled("ends", texts, labels, ["no", "yes"])
+
+
+def make_preferences(count: int = 160) -> Preferences:
+    texts = make_labelled(count).texts
+    return Preferences("ends", [text[:-1] + "!" for text in texts], [text[:-1] + "?" for text in texts])
+
+
+@pytest.mark.parametrize("examples", [make_labelled(), make_preferences()], ids=["classes", "pairs"])
+@pytest.mark.parametrize("trained", ["all", "lora"])
+def test_what_can_be_learned_is_learned(examples: Labelled | Preferences, trained: str, tmp_path: Path):
+    model, tokenizer = load_model("tiny-random", dtype="float32"), load_tokenizer("tiny-random")
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    settings = FAST.model_copy(update={"trained": trained})
+    run = FinetuningRun(model, tokenizer, examples.split(0.25), settings, folder=tmp_path / "run")
+    run.train()
+    measured = run.measure_accuracy()
+    assert measured["accuracy"] > 0.9 and measured["num_held_out"] == 40
+    tuned = dict(run.finish().named_parameters())
+    run.save(tmp_path / "model")
+    again = load_model(str(tmp_path / "model"), dtype="float32")
+    for name, weight in again.named_parameters():
+        torch.testing.assert_close(weight, tuned[name])
+    assert any(not torch.equal(weight, before[name]) for name, weight in again.named_parameters())
+
+
+def test_labels_of_chance_are_not_learned(tmp_path: Path):
+    examples = make_labelled(200)
+    random.Random(1).shuffle(examples.labels)
+    model, tokenizer = load_model("tiny-random", dtype="float32"), load_tokenizer("tiny-random")
+    run = FinetuningRun(model, tokenizer, examples.split(0.5), FAST, folder=tmp_path)
+    run.train()
+    measured = run.measure_accuracy()
+    assert abs(measured["accuracy"] - 0.5) < 4 * measured["accuracy_standard_error"]
+
+
+def test_padding_changes_nothing():
+    model, tokenizer = load_model("tiny-random", dtype="float32"), load_tokenizer("tiny-random")
+    scored = ScoredDecoder(model, 2).eval()
+    collate = Collator(tokenizer, 32)
+    rows = [(("short",), 0), (("a much longer text than that",), 1)]
+    together = scored(**collate(rows))["logits"]
+    alone = torch.cat([scored(**collate([row]))["logits"] for row in rows])
+    torch.testing.assert_close(together, alone)
+
+
+def test_of_a_long_text_the_end_is_kept():
+    tokenizer = load_tokenizer("tiny-random")
+    batch = Collator(tokenizer, 8)([(("0123456789abcdef",), 0)])
+    assert tokenizer.decode(batch["input_ids"][0]) == "89abcdef"
+
+
+def test_several_columns_become_lines(tmp_path: Path):
+    rows = [{"question": f"q{i}", "passage": f"p{i}", "answer": bool(i % 2)} for i in range(6)]
+    source = write_rows(tmp_path / "boolq.jsonl", rows)
+    labelled = load_labelled(source, text_columns=["question", "passage"], label_column="answer")
+    assert labelled.texts[1] == "question: q1\npassage: p1"
+    assert labelled.classes == ["False", "True"] and labelled.labels == [0, 1] * 3
+
+
+def test_the_prompt_stands_before_both_answers(tmp_path: Path):
+    rows = [{"prompt": "2+2=", "chosen": "4", "rejected": "5"}] * 4
+    preferences = load_preferences(write_rows(tmp_path / "pairs.jsonl", rows))
+    assert preferences.chosen[0] == "2+2=4" and preferences.rejected[0] == "2+2=5"
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "said"),
+    [
+        ([{"text": "a", "label": 1}] * 8, {}, "1 classes"),
+        ([{"text": "a", "label": 1}] * 8, {"label_column": "answer"}, "no column 'answer'; it has text, label"),
+        ([{"text": "a", "label": 0}, {"text": "b", "label": 1}], {}, "2 rows: too few"),
+        ([{"text": "a", "label": i} for i in range(80)], {}, "80 classes"),
+    ],
+)
+def test_data_that_cannot_be_learned_from_is_refused(rows: list[dict], options: dict, said: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=said):
+        load_labelled(write_rows(tmp_path / "data.jsonl", rows), **options)
+
+
+def test_a_part_with_one_class_is_refused():
+    one_sided = Labelled("rare", ["a"] * 20, [0] * 19 + [1], ["no", "yes"])
+    with pytest.raises(ValueError, match="a part has one class"):
+        one_sided.split(0.2)
+
+
+def test_a_batch_that_workers_cannot_share_is_refused(tmp_path: Path):
+    model, tokenizer = load_model("tiny-random", dtype="float32"), load_tokenizer("tiny-random")
+    with pytest.raises(ValueError, match="batch_size=16 is no multiple of the 3 workers"):
+        FinetuningRun(model, tokenizer, make_labelled().split(0.2), FAST, folder=tmp_path, world_size=3)
+
+
+def test_linearity_before_and_after_over_seeds(ray_cluster: None, tmp_path: Path):
+    labelled = make_labelled(64)
+    rows = [{"text": t, "label": label} for t, label in zip(labelled.texts, labelled.labels, strict=True)]
+    job = FinetuningJob(
+        name="ends", model="tiny-random", dtype="float32", data=write_rows(tmp_path / "ends.jsonl", rows), seeds=(0, 1),
+        finetuning=FAST.model_copy(update={"num_epochs": 1}), run=Run(storage=tmp_path),
+        texts=Texts(calibration_tokens=8192, window=128, selection_tokens=1024),
+    )  # fmt: skip
+    finetuned = run_finetuning(job, lambda *_: None)
+    assert [result.seed for result in finetuned.results] == [0, 1]
+    assert len({result.held_out_loss for result in finetuned.results}) == 2, "seeds differ"
+    for field in MEASURES:
+        mean, error = finetuned.change(field)
+        assert mean != 0 and error > 0
+    profiled = profile_model(finetuned.results[0].model, job.texts, dtype="float32")
+    assert profiled.mean("score") == pytest.approx(finetuned.results[0].mean("score"), abs=1e-9)
+    write_comparison_page(tmp_path / "page.html", finetuned.profiles())
+    with pytest.raises(ValueError, match="finetuning differ"):
+        run_finetuning(job.model_copy(update={"finetuning": FAST}), lambda *_: None)
