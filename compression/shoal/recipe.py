@@ -18,6 +18,8 @@ Selection = Literal[
 Fit = Literal["in_order", "independent"]
 Trained = Literal["maps", "lora", "all"]
 
+Sparsity = float | Literal["2:4", "4:8"]
+
 PACKAGED_TEXT = "wikipedia-sample"
 KINDS: tuple[Kind, ...] = ("linear", "low_rank", "folded", "dropped")
 
@@ -100,8 +102,26 @@ class Distillation(Value):
         return max(1, self.num_tokens // (self.window * self.windows_per_step))
 
 
+def read_sparsity(value: object) -> object:
+    """A share of zeros between 0 and 1, "2:4" or "4:8"; None for a share of 0. Raises ValueError for anything else."""
+    if value is None or value in ("2:4", "4:8"):
+        return value
+    try:
+        share = float(str(value))
+    except ValueError:
+        share = -1.0
+    if isinstance(value, bool) or not 0 <= share < 1:
+        hint = "; YAML reads 2:4 as 124 unless it is in quotes" if value in (124, 248) else ""
+        raise ValueError(f"sparsity={value!r} is neither a share of zeros from 0 to below 1 nor '2:4' or '4:8'{hint}")
+    return share or None
+
+
 class Recipe(Value):
-    """What to make of which model. `blocks` is filled in once they are chosen."""
+    """What to make of which model. `blocks` is filled in once they are chosen.
+
+    `weight_share` and `sparsity` are for the projections of the blocks that stay: the share of their parameters that
+    low-rank factors keep, and the share of their weights that are zero ("2:4": 2 of each 4 stay).
+    """
 
     base_model: str
     revision: str | None = None
@@ -114,6 +134,8 @@ class Recipe(Value):
     fit: Fit = "in_order"
     refit_down_proj: bool = True
     ridge: float | None = Field(default=None, ge=0, description="None: chosen on held-out tokens")
+    weight_share: float | None = Field(default=None, gt=0, lt=1)
+    sparsity: Annotated[Sparsity | None, BeforeValidator(read_sparsity)] = None
     calibration: tuple[Text, ...] = ()
     distillation_text: Text | None = None
     distillation: Distillation | None = None
@@ -141,6 +163,26 @@ class Recipe(Value):
         if self.kind == "folded" and self.fit == "independent":
             raise ValueError("kind='folded' is fitted along the student's own stream; use fit='in_order'")
         return self
+
+    @property
+    def changes(self) -> str:
+        """What is done to the dense model, in a few words: "4 blocks folded, 2:4 sparse"."""
+        kind = self.kind + (f"({self.rank})" if self.rank else "")
+        parts = [f"{self.num_replaced} blocks {kind}"] if self.num_replaced or not self.weight_changes else []
+        return ", ".join([*parts, *self.weight_changes])
+
+    @property
+    def weight_changes(self) -> tuple[str, ...]:
+        """What is done to the weights of the blocks that stay: "SVD 80 %", "50 % sparse", "2:4 sparse"."""
+        factored = () if self.weight_share is None else (f"SVD {100 * self.weight_share:g} %",)
+        if self.sparsity is None:
+            return factored
+        return (*factored, f"{self.sparsity if isinstance(self.sparsity, str) else f'{100 * self.sparsity:g} %'} sparse")
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the model is of a stock architecture, which loads with nobody's code."""
+        return self.weight_share is None and (self.kind in ("folded", "dropped") or not self.num_replaced)
 
     @property
     def key(self) -> str:

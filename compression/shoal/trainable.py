@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from shoal.blocks import find_blocks
+from shoal.blocks import find_projections
 from shoal.recipe import Distillation
 from shoal.replace import linear_blocks
 
@@ -24,7 +23,7 @@ def select_trained(student: PreTrainedModel, settings: Distillation) -> PreTrain
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
-            r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=_find_projections(student), bias="none"
+            r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=list(find_projections(student)), bias="none"
         )
         student = get_peft_model(student, config)  # type: ignore[assignment]
     for linear in maps:
@@ -35,17 +34,6 @@ def select_trained(student: PreTrainedModel, settings: Distillation) -> PreTrain
     for parameter in trained:
         parameter.data = parameter.data.float()
     return student
-
-
-def _find_projections(student: PreTrainedModel) -> list[str]:
-    """Names of all projections inside the kept blocks; maps are trained as a whole."""
-    blocks = find_blocks(student)
-    path = next(path for path, module in student.named_modules() if module is blocks)
-    return [
-        f"{path}.{name}"
-        for name, module in blocks.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and ".linear_" not in name
-    ]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
