@@ -9,7 +9,7 @@ import torch
 from conftest import make_ids, make_model
 from shoal.blocks import find_blocks, find_projections
 from shoal.models import hash_weights
-from shoal.projections import walk_projections
+from shoal.projections import walk_projections, watch_inputs
 from shoal.replace import AffineMap, Replacement, apply_replacement, weight_of
 from shoal.sparsify import choose_kept, sparsify
 from shoal.text import TokenWindows
@@ -113,18 +113,11 @@ def test_each_block_sees_the_pruned_ones_before_it(llama):
 
 
 def test_sums_are_those_of_one_pass(llama):
-    found: dict[str, torch.Tensor] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda _m, args, name=name: found.__setitem__(name, args[0].flatten(0, 1)))
-        for name, module in find_projections(llama).items()
-    ]
-    with torch.no_grad():
+    with torch.no_grad(), watch_inputs(find_projections(llama)) as found:
         llama(input_ids=WINDOWS.ids)
-    for hook in hooks:
-        hook.remove()
     walked = {name: s for sums in walk_projections(llama, WINDOWS, lambda x: x.T @ x) for name, s in sums.items()}
     assert walked.keys() == found.keys() == find_projections(llama).keys()
-    for name, x in found.items():
+    for name, x in ((name, inputs.flatten(0, 1)) for name, inputs in found.items()):
         torch.testing.assert_close(walked[name].float(), x.T @ x, rtol=1e-3, atol=1e-3)
 
 

@@ -205,6 +205,11 @@ def find_projections(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     }
 
 
+def find_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What is zero in each projection of the blocks, by its name; as the module stores the weight."""
+    return {name: module.weight.data == 0 for name, module in find_projections(model).items()}
+
+
 def width_in(projection: nn.Linear | Conv1D) -> int:
     return projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.weight.shape[1]
 

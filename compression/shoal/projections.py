@@ -6,10 +6,12 @@ T tokens, I inputs and O outputs of a projection; weights are [O, I] however the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from shoal.blocks import embed, find_blocks, find_projections, record_calls
 from shoal.text import TokenWindows
@@ -31,33 +33,38 @@ def walk_projections(
     with torch.no_grad():
         _, calls = record_calls(model, batches[0])
         stream = [embed(model, ids) for ids in batches]
-    for index, block in enumerate(blocks):
+    for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
         inside = {id(module) for module in block.modules()}
         own = {name: module for name, module in projections.items() if id(module) in inside}
         sums: dict[str, Tensor] = {}
         with torch.no_grad():
             for batch in stream:
-                for name, part in _sum_inputs(own, sum_rows, lambda batch=batch: calls[index].run(block, batch)).items():
+                with watch_inputs(own) as inputs:
+                    call.run(block, batch)
+                for name, part in _sum_inputs(inputs, sum_rows).items():
                     sums[name] = sums[name] + part if name in sums else part
         yield sums
         with torch.no_grad():
             stream = advance(blocks, calls, range(index, index + 1), stream)
 
 
-def _sum_inputs(
-    projections: dict[str, nn.Module], sum_rows: Callable[[Tensor], Tensor], run: Callable[[], object]
-) -> dict[str, Tensor]:
-    """The sums of one forward pass; projections that read one tensor (query, key and value) share its sum."""
+@contextmanager
+def watch_inputs(projections: dict[str, nn.Linear | Conv1D]) -> Iterator[dict[str, Tensor]]:
+    """Inside, the last input [..., I] of each projection is kept in the dict that this gives."""
     inputs: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_pre_hook(lambda _module, args, name=name: inputs.__setitem__(name, args[0]))
         for name, module in projections.items()
     ]
     try:
-        run()
+        yield inputs
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _sum_inputs(inputs: dict[str, Tensor], sum_rows: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The sums of one batch; projections that read one tensor (query, key and value) share theirs."""
     by_tensor = {id(x): x for x in inputs.values()}
     sums = {key: sum_rows(x.reshape(-1, x.shape[-1])).double() for key, x in by_tensor.items()}
     return {name: sums[id(x)] for name, x in inputs.items()}

@@ -113,7 +113,7 @@ def read_sparsity(value: object) -> object:
     if isinstance(value, bool) or not 0 <= share < 1:
         hint = "; YAML reads 2:4 as 124 unless it is in quotes" if value in (124, 248) else ""
         raise ValueError(f"sparsity={value!r} is neither a share of zeros from 0 to below 1 nor '2:4' or '4:8'{hint}")
-    return share or None
+    return share or None  # a share of 0 is no sparsity: one recipe, one key
 
 
 class Recipe(Value):
@@ -180,6 +180,17 @@ class Recipe(Value):
         return (*factored, f"{self.sparsity if isinstance(self.sparsity, str) else f'{100 * self.sparsity:g} %'} sparse")
 
     @property
+    def short_name(self) -> str:
+        """The same as part of a name: "folded-4-sparse2of4"."""
+        parts = [f"{self.kind}-{self.num_replaced}"] if self.num_replaced or not self.weight_changes else []
+        if self.weight_share is not None:
+            parts.append(f"svd{100 * self.weight_share:g}")
+        if self.sparsity is not None:
+            share = self.sparsity.replace(":", "of") if isinstance(self.sparsity, str) else f"{100 * self.sparsity:g}"
+            parts.append(f"sparse{share}")
+        return "-".join(parts)
+
+    @property
     def is_stock(self) -> bool:
         """Whether the model is of a stock architecture, which loads with nobody's code."""
         return self.weight_share is None and (self.kind in ("folded", "dropped") or not self.num_replaced)
@@ -211,11 +222,17 @@ class Evaluation(Value):
 
 
 class Size(Value):
-    """What a model takes: parameters, bytes on disk, KV-cache bytes per token."""
+    """What a model takes: parameters, bytes on disk, KV-cache bytes per token.
+
+    Zeros of a sparse model are not among `num_parameters`, but are among `num_bytes`: no format without them loads in
+    transformers 5 or vLLM. `num_bitmask_bytes` is what such a format would take (values that are not zero, and a bit for
+    each place of a sparse matrix); None for models that are not sparse.
+    """
 
     num_parameters: int
     num_bytes: int
     kv_bytes_per_token: int
+    num_bitmask_bytes: int | None = None
 
 
 class Speed(Value):

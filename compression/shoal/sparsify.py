@@ -71,8 +71,3 @@ def require_whole_groups(model: PreTrainedModel, sparsity: Sparsity) -> None:
             raise ValueError(
                 f"sparsity={sparsity!r}: {name} has {width} inputs, no multiple of {group}; give a share such as 0.5"
             )
-
-
-def find_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What is zero in each projection of the blocks, by its name; as the module stores the weight."""
-    return {name: module.weight.data == 0 for name, module in find_projections(model).items()}
