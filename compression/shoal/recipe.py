@@ -158,8 +158,10 @@ class Recipe(Value):
             raise ValueError("selection='listed' needs blocks; name them or choose another selection")
         if (self.kind == "low_rank") != (self.rank is not None):
             raise ValueError(f"kind={self.kind!r} with rank={self.rank!r}: give rank with kind='low_rank', and only there")
-        if self.kind in ("folded", "dropped") and self.distillation and self.distillation.trained == "maps":
-            raise ValueError(f"kind={self.kind!r} leaves no maps to train; use trained='lora' or 'all'")
+        no_maps = self.kind in ("folded", "dropped") or not self.num_replaced
+        if no_maps and self.distillation and self.distillation.trained == "maps":
+            what = f"kind={self.kind!r}" if self.num_replaced else "num_replaced=0"
+            raise ValueError(f"{what} leaves no maps to train; use trained='lora' or 'all'")
         if self.kind == "folded" and self.fit == "independent":
             raise ValueError("kind='folded' is fitted along the student's own stream; use fit='in_order'")
         return self

@@ -46,7 +46,7 @@ def merge_trained(student: PreTrainedModel) -> PreTrainedModel:
     """The student as a plain model again: LoRA merged, masks applied."""
     merge = getattr(student, "merge_and_unload", None)
     merged: PreTrainedModel = merge() if merge else student
-    for module in merged.modules():
+    for module in list(merged.modules()):
         if parametrize.is_parametrized(module, "weight"):
             with torch.no_grad():
                 weight = torch.clone(module.weight)  # type: ignore[arg-type]
