@@ -19,6 +19,7 @@ from shoal.sparsify import sparsify
 from shoal.store import save
 from shoal.svd import choose_rank, factor_weights, find_root, truncate
 from shoal.text import TokenWindows
+from shoal_services.serving.vllm_plugin import attach_maps
 
 WINDOWS = TokenWindows(make_ids(8, 16), "train")
 
@@ -127,6 +128,13 @@ def test_what_cannot_be_factored_is_refused(llama):
         factor_weights(llama, WINDOWS, 0.9)
     with pytest.raises(ValueError, match="factored projections already; start from its dense model"):
         apply_replacement(llama, Replacement((2,)))
+
+
+def test_vllm_is_told_that_it_cannot_serve_factors(llama):
+    """Before it starts, and where its plugin would put maps into a model without factors."""
+    factor_weights(llama, WINDOWS, 0.9)
+    with pytest.raises(ValueError, match=r"vLLM cannot serve a model made with weight_share.*engine: transformers"):
+        attach_maps(llama, llama.config, torch.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
