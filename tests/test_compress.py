@@ -10,6 +10,7 @@ import shoal
 import transformers
 from conftest import write_prose
 from pydantic import ValidationError
+from shoal.blocks import find_zeros
 from shoal.corpus import load_corpus
 from shoal.evaluate import evaluate
 from shoal.models import hash_weights, load_model, load_tokenizer
@@ -180,3 +181,29 @@ def test_importing_the_module_does_not_hide_the_function():
 
     assert callable(shoal.compress)
     assert shoal.compress.__module__ == "shoal"
+
+
+@pytest.mark.parametrize("trained", ["lora", "all"])
+def test_zeros_and_factors_are_in_the_folder_and_counted(tiny_random, texts, tmp_path, trained):
+    """After distillation too; no block needs to be replaced. The folder evaluates to the numbers that it shows."""
+    point = shoal.compress(
+        tiny_random, tmp_path / "out", texts=texts, num_replaced=0, weight_share=0.8, sparsity="2:4", dtype="float32",
+        distillation={**DISTILLATION, "trained": trained},
+    )  # fmt: skip
+    model = shoal.load(tmp_path / "out", dtype="float32")
+    zeros = find_zeros(model)
+    assert all((zero.view(len(zero), -1, 4).sum(-1) == 2).all() for zero in zeros.values())
+    num_zeros, stored = (sum(int(n) for n in ns) for ns in (
+        (zero.sum() for zero in zeros.values()), (p.numel() for p in model.parameters())
+    ))  # fmt: skip
+    assert point.size.num_parameters == stored - num_zeros
+    assert point.size.num_bytes == 4 * stored < point.dense_size.num_bytes
+    assert point.size.num_bitmask_bytes == 4 * (stored - num_zeros) + sum(zero.numel() // 8 for zero in zeros.values())
+    assert 0 <= (tmp_path / "out" / "model.safetensors").stat().st_size - point.size.num_bytes < 20_000
+    again = evaluate_again(tmp_path / "out", texts, tiny_random, distillation_tokens=2048)
+    assert again.perplexity == pytest.approx(point.perplexity, rel=1e-4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        f"| bytes, if zeros were a bit each | {point.dense_size.num_bytes:,} | {point.size.num_bitmask_bytes:,} |" in card
+    )
+    assert "# tiny-random, SVD 80 %, 2:4 sparse" in card and "trust_remote_code=True" in card

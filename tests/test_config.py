@@ -148,6 +148,9 @@ def test_an_axis_is_one_proper_range(tmp_path, axis, message):
     ("space", "message"),
     [
         ({"num_replaced": 0}, r"num_replaced must be 1 or more; the dense model is measured"),
+        ({"sparsity": 124}, r"sparsity=124.* is neither .*YAML reads 2:4 as 124 unless it is in quotes"),
+        ({"sparsity": {"choice": [None, "3:4"]}}, r"sparsity='3:4' is neither a share"),
+        ({"weight_share": {"uniform": [0.5, 1.0]}}, r"weight_share: Input should be less than 1"),
         ({"num_replaced": -1}, r"num_replaced: .*greater than or equal to 0"),
         ({"num_replaced": {"randint": [0, 3]}}, r"num_replaced must be 1 or more"),
         ({"num_replaced": {"randint": [3, 1]}}, r"randint: \[3, 1\] is no range"),

@@ -11,13 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_ids, make_model
-from shoal.blocks import find_blocks
+from shoal.blocks import find_blocks, find_projections, find_zeros
 from shoal.distill import DistillationRun, Diverged, Lesson
 from shoal.evaluate import score_windows
 from shoal.recipe import Distillation
 from shoal.replace import AffineMap, Replacement, apply_replacement
+from shoal.sparsify import sparsify
+from shoal.svd import factor_weights
 from shoal.teacher import measure_targets
 from shoal.text import TokenWindows
+from transformers.pytorch_utils import Conv1D
 
 WINDOWS = TokenWindows(make_ids(16, 16), "train")
 HELD_OUT = TokenWindows(make_ids(8, 16, seed=1), "held out")
@@ -243,3 +246,63 @@ def test_the_seed_is_all_the_randomness_there_is(teacher):
     assert all(torch.equal(p, q) for p, q in zip(first.trained, same.trained, strict=True))
     assert not all(torch.equal(p, q) for p, q in zip(first.trained, other.trained, strict=True))
     assert first._rows_of_step().tolist() == same._rows_of_step().tolist() != other._rows_of_step().tolist()
+
+
+@pytest.mark.parametrize("trained", ["maps", "lora", "all"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_zeros_stay_and_the_rest_learns(trained, family):
+    """The checks while it trains are of the model that is left at the end: nothing is pruned after the last of them."""
+    teacher = make_model(family)
+    student = make_student(teacher)
+    sparsify(student, WINDOWS, "2:4")
+    zeros, before = find_zeros(student), held_out_kl(student, teacher)
+    names = [name for name, _ in student.named_parameters()]
+    run = DistillationRun(
+        student, teacher, Lesson(WINDOWS, held_out=HELD_OUT), settings(trained=trained, loss={"square_head": 1.0}),
+        replaced=(2,), keep_zeros=True,
+    )  # fmt: skip
+    checks = [metrics["held_out_kl"] for metrics in run if "held_out_kl" in metrics]
+    student = run.finish()
+    assert sorted(name for name, _ in student.named_parameters()) == sorted(names)
+    for name, zero in find_zeros(student).items():
+        assert torch.equal(zero, zeros[name]), name
+    assert checks[0] == pytest.approx(before, rel=1e-5)
+    assert held_out_kl(student, teacher) == pytest.approx(min(checks), rel=1e-4)
+    assert min(checks) < 0.97 * before
+    assert all(type(module) in (torch.nn.Linear, Conv1D) for module in find_projections(student).values())
+
+
+def test_lora_without_keep_zeros_fills_them(teacher):
+    """What the masks are for."""
+    student = make_student(teacher)
+    sparsify(student, WINDOWS, "2:4")
+    run = make_run(teacher, student=student, num_steps=2, trained="lora")
+    list(run)
+    assert not any(zero.any() for zero in find_zeros(run.finish()).values())
+
+
+def test_a_sparse_run_resumes(teacher):
+    def begin() -> DistillationRun:
+        student = make_student(teacher)
+        sparsify(student, WINDOWS, 0.5)
+        lesson = Lesson(WINDOWS, held_out=HELD_OUT)
+        return DistillationRun(
+            student, teacher, lesson, settings(6, trained="lora"), replaced=(2,), keep_zeros=True, seed=3
+        )
+
+    whole, first, second = begin(), begin(), begin()
+    list(whole)
+    list(itertools.islice(first, 4))
+    second.load_state_dict(first.state_dict())
+    list(second)
+    assert_same_weights(second.finish(), whole.finish())
+
+
+def test_factors_learn_too(teacher):
+    student = make_student(teacher)
+    factor_weights(student, WINDOWS, 0.8)
+    before = held_out_kl(student, teacher)
+    run = make_run(teacher, student=student, lesson=Lesson(WINDOWS, held_out=HELD_OUT), trained="lora")
+    assert run.first_changed == 0, "every block has changed, not those after the replaced one alone"
+    list(run)
+    assert held_out_kl(run.finish(), teacher) < 0.97 * before

@@ -14,6 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shoal.models import load_model, load_tokenizer
 from shoal.replace import AffineMap, Replacement, apply_replacement
+from shoal.sparsify import sparsify
+from shoal.svd import factor_weights
+from shoal.text import TokenWindows
 from shoal_services.serving.decoder import BatchedDecoder
 from shoal_services.serving.engine import Engine
 from shoal_services.serving.generation import Delta, Generation, QueueFull, Sampling
@@ -89,6 +92,22 @@ def test_replaced_blocks_take_no_part_in_the_cache(llama: PreTrainedModel):
         rows.step()
     assert rows.tokens[0] == alone
     assert len(decoder.slots.layers) == 3
+
+
+def test_thinned_models_are_served_like_others(llama: PreTrainedModel):
+    """Factors are linear layers like others: packed, and computed row by row."""
+    windows = TokenWindows(make_ids(8, 16), "train")
+    apply_replacement(llama, Replacement(blocks=(2,), maps={2: AffineMap(torch.eye(32) / 20, torch.ones(32) / 10)}))
+    factor_weights(llama, windows, 0.8)
+    sparsify(llama, windows, "2:4")
+    prompts = prompts_of(5, 17)
+    alone = [continue_alone(llama, prompt, 8) for prompt in prompts]
+    rows = Rows(BatchedDecoder(llama, max_batch_size=2))
+    for name, prompt in enumerate(prompts):
+        rows.join(name, prompt)
+    for _ in range(7):
+        rows.step()
+    assert [rows.tokens[name] for name in range(2)] == alone
 
 
 @settings(max_examples=25)

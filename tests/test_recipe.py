@@ -94,6 +94,16 @@ def test_an_unknown_key_is_refused_by_name(value):
         ({"ridge": -0.1}, "greater than or equal to 0"),
         ({"ridge": math.inf}, "finite"),
         ({"base_model": None}, "string"),
+        ({"weight_share": 0}, "greater than 0"),
+        ({"weight_share": 1}, "less than 1"),
+        ({"sparsity": 1.0}, r"sparsity=1\.0 is neither a share of zeros from 0 to below 1 nor '2:4' or '4:8'"),
+        ({"sparsity": -0.1}, r"sparsity=-0\.1 is neither"),
+        ({"sparsity": "1:4"}, r"sparsity='1:4' is neither"),
+        ({"sparsity": math.nan}, r"sparsity=nan is neither"),
+        ({"sparsity": True}, r"sparsity=True is neither"),
+        ({"sparsity": [0.5]}, r"sparsity=\[0\.5\] is neither"),
+        ({"sparsity": 124}, r"YAML reads 2:4 as 124 unless it is in quotes"),
+        ({"num_replaced": 0, "distillation": {"trained": "maps"}}, "num_replaced=0 leaves no maps to train"),
     ],
 )  # fmt: skip
 def test_impossible_recipes_are_refused(changes, message):
@@ -141,3 +151,33 @@ def test_steps_use_up_the_tokens():
 )
 def test_only_losses_on_streams_need_hidden_states(weights, needed):
     assert LossWeights(**weights).needs_hidden_states == needed
+
+
+@pytest.mark.parametrize(
+    ("changes", "told", "name", "stock"),
+    [
+        ({"kind": "low_rank", "rank": 8}, "2 blocks low_rank(8)", "low_rank-2", False),
+        ({"kind": "folded", "sparsity": "2:4"}, "2 blocks folded, 2:4 sparse", "folded-2-sparse2of4", True),
+        ({"num_replaced": 0, "sparsity": 0.5}, "50 % sparse", "sparse50", True),
+        ({"num_replaced": 0, "weight_share": 0.8}, "SVD 80 %", "svd80", False),
+        (
+            {"weight_share": 0.85, "sparsity": 0.5},
+            "2 blocks linear, SVD 85 %, 50 % sparse",
+            "linear-2-svd85-sparse50",
+            False,
+        ),
+        ({"num_replaced": 0}, "0 blocks linear", "linear-0", True),
+    ],
+)
+def test_a_recipe_says_what_it_changes(changes, told, name, stock):
+    recipe = Recipe.model_validate({"base_model": "m", "num_replaced": 2, **changes})
+    assert (recipe.changes, recipe.short_name, recipe.is_stock) == (told, name, stock)
+
+
+def test_one_sparsity_written_in_several_ways_is_one_recipe():
+    keys = [
+        {Recipe.model_validate({"base_model": "m", "num_replaced": 2, "sparsity": value}).key for value in values}
+        for values in [(0.5, "0.5"), (None, 0, 0.0, "0"), ("2:4",), ("4:8",)]
+    ]
+    assert [len(group) for group in keys] == [1, 1, 1, 1]
+    assert len(set.union(*keys)) == 4

@@ -61,6 +61,7 @@ def test_the_table_is_the_frontier_below_the_dense_model(frontier_page):
     assert [row["parameters"] for row in table] == ["123.4 M", "121.0 M", "111.0 M", "101.0 M"]
     assert [row["perplexity"] for row in table] == ["9.87 ± 0.12", "12.34 ± 0.19", "14.89 ± 0.23", "23.45 ± 0.37"]
     assert [row["kind"] for row in table] == ["", "low_rank", "linear", "folded"]
+    assert [row["MB"] for row in table] == ["493.6", "484.0", "444.0", "404.0"], "as saved"
     ratio = 14.89 / 9.87
     assert [table[0]["ratio to dense"], table[2]["ratio to dense"]] == ["1", f"{ratio:.3f} ± {ratio * 0.03:.3f}"]
     assert [row["decode speed"] for row in table] == ["1", "× 1.50", "× 1.50", "× 1.50"]
@@ -173,3 +174,20 @@ def test_names_in_a_comparison_are_text_too(tmp_path, name, comparison_page):
 def test_a_perplexity_beyond_all_bounds_still_gives_a_page(tmp_path):
     write_frontier_page(tmp_path / "f.html", "demo", [make_point(100, 1e300), *POINTS])
     assert len(Page(tmp_path / "f.html").rows) == 6
+
+
+def test_what_was_done_to_the_weights_is_told_apart(tmp_path):
+    changes = (
+        {},
+        {"sparsity": "2:4"},
+        {"weight_share": 0.8},
+        {"weight_share": 0.8, "sparsity": 0.5, "num_replaced": 0, "blocks": ()},
+    )
+    points = [make_point(100_000_000 + n, 30.0 - n, **change) for n, change in enumerate(changes)]
+    _, *groups, dense = frontier_figure(points, find_frontier(points)).data
+    assert [g.name for g in groups] == ["linear", "linear, SVD", "linear, sparse", "linear, SVD, sparse"]
+    assert len({g.marker.symbol for g in (*groups, dense)}) == 5
+    write_frontier_page(tmp_path / "f.html", "demo", points)
+    header, _, *rows = Page(tmp_path / "f.html").rows
+    assert [row[header.index("weights")] for row in rows] == ["SVD 80 %, 50 % sparse", "SVD 80 %", "2:4 sparse", ""]
+    assert [row[header.index("kind")] for row in rows] == ["", "linear", "linear", "linear"]

@@ -194,6 +194,22 @@ def find_down_proj(block: nn.Module, hidden_size: int) -> nn.Linear | Conv1D | N
     return candidates[0] if len(candidates) == 1 and not normed else None
 
 
+def find_projections(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
+    """Every projection inside the decoder blocks, by its name in the model; the linear maps between blocks are none."""
+    blocks = find_blocks(model)
+    path = next(path for path, module in model.named_modules() if module is blocks)
+    return {
+        f"{path}.{name}": module
+        for name, module in blocks.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and ".linear_" not in name
+    }
+
+
+def find_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What is zero in each projection of the blocks, by its name; as the module stores the weight."""
+    return {name: module.weight.data == 0 for name, module in find_projections(model).items()}
+
+
 def width_in(projection: nn.Linear | Conv1D) -> int:
     return projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.weight.shape[1]
 

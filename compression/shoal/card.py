@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from shoal.recipe import Point
+from shoal.recipe import Point, Recipe
 
 
 def write_card(point: Point) -> str:
     """The card as Markdown."""
     recipe = point.recipe
-    stock = recipe.kind in ("folded", "dropped")
-    load = "" if stock else ", trust_remote_code=True"
+    load = "" if recipe.is_stock else ", trust_remote_code=True"
     saved = 1 - point.size.num_parameters / point.dense_size.num_parameters
     return f"""---
 base_model: {recipe.base_model}
 tags: [shoal, depth-compression]
 ---
 
-# {recipe.base_model}, {recipe.num_replaced} blocks {_describe_kind(recipe.kind)}
+# {recipe.base_model}, {_title(recipe)}
 
-Blocks {list(recipe.blocks or ())} of the dense model were {_describe_kind(recipe.kind)}
-({saved:.1%} fewer parameters; arXiv 2405.12250). Made by Shoal; `recipe.json` says how, `point.json` holds every number.
+{_describe_changes(recipe)}
+{saved:.1%} fewer parameters. Made by Shoal; `recipe.json` says how, `point.json` holds every number.
 
 ## Numbers
 
@@ -28,6 +27,7 @@ Blocks {list(recipe.blocks or ())} of the dense model were {_describe_kind(recip
 {chr(10).join(_evaluation_rows(point))}
 | parameters | {point.dense_size.num_parameters:,} | {point.size.num_parameters:,} |
 | weights, bytes | {point.dense_size.num_bytes:,} | {point.size.num_bytes:,} |
+{chr(10).join(_bitmask_rows(point))}
 | KV cache, bytes per token | {point.dense_size.kv_bytes_per_token:,} | {point.size.kv_bytes_per_token:,} |
 {chr(10).join(_speed_rows(point))}
 
@@ -44,6 +44,37 @@ tokenizer = AutoTokenizer.from_pretrained(folder{load})
 
 With Shoal installed, `shoal.load(folder)` loads it and never runs code from the folder.
 """
+
+
+def _title(recipe: Recipe) -> str:
+    replaced = [f"{recipe.num_replaced} blocks {_describe_kind(recipe.kind)}"] if recipe.num_replaced else []
+    return ", ".join([*replaced, *recipe.weight_changes]) or "nothing changed"
+
+
+def _describe_changes(recipe: Recipe) -> str:
+    """A sentence for each change."""
+    sentences = []
+    if recipe.num_replaced:
+        kind = _describe_kind(recipe.kind)
+        sentences.append(f"Blocks {list(recipe.blocks or ())} of the dense model were {kind} (arXiv 2405.12250).")
+    if recipe.weight_share is not None:
+        sentences.append(
+            f"Projections of the blocks that stay are products of two factors with at most {recipe.weight_share:.0%} of "
+            "their parameters (activation-aware SVD, arXiv 2403.07378)."
+        )
+    if recipe.sparsity is not None:
+        share = f"of every group, {recipe.sparsity} stay" if isinstance(recipe.sparsity, str) else f"{recipe.sparsity:.0%}"
+        sentences.append(
+            f"Weights of the projections of the blocks that stay are zero ({share}; Wanda, arXiv 2306.11695). Zeros are "
+            "not counted as parameters. They are stored like other values, so that the folder loads everywhere: they "
+            "save no bytes and, without hardware for them, no time."
+        )
+    return "\n".join(sentences)
+
+
+def _bitmask_rows(point: Point) -> list[str]:
+    packed = point.size.num_bitmask_bytes
+    return [] if packed is None else [f"| bytes, if zeros were a bit each | {point.dense_size.num_bytes:,} | {packed:,} |"]
 
 
 def _describe_kind(kind: str) -> str:

@@ -1,4 +1,4 @@
-"""The story, top to bottom, on one machine: load → moments → choose → fit → replace → distil → evaluate → store."""
+"""The story, top to bottom, on one machine: load → moments → choose → fit → replace → thin → distil → evaluate → store."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from shoal.blocks import find_blocks
 from shoal.choose import choose_blocks, make_kl_cost
 from shoal.corpus import Corpus, load_corpus
 from shoal.distill import DistillationRun, Lesson
@@ -20,7 +21,9 @@ from shoal.models import hash_weights, load_model, load_tokenizer
 from shoal.prepare import Listener, Preparation, ignore, prepare
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Texts
 from shoal.replace import Replacement, apply_replacement
+from shoal.sparsify import sparsify
 from shoal.store import save, save_point
+from shoal.svd import factor_weights
 from shoal.walk import fit_in_order
 
 
@@ -62,11 +65,13 @@ def compress(recipe: Recipe, folder: Path, *, texts: Texts | None = None, listen
         replacement = fit(recipe, model, corpus, preparation, listen=listen)
         student = copy.deepcopy(model)
         apply_replacement(student, replacement)
+    with watch.time("thin"):
+        thin_weights(recipe, student, corpus, listen=listen)
     with watch.time("distil"):
         if recipe.distillation is not None:
             run = DistillationRun(
                 student, model, make_lesson(corpus, preparation), recipe.distillation,
-                replaced=replacement.blocks, seed=recipe.seed,
+                replaced=replacement.blocks, keep_zeros=recipe.sparsity is not None, seed=recipe.seed,
             )  # fmt: skip
             for metrics in run:
                 listen("distil", int(metrics["step"]), recipe.distillation.num_steps)
@@ -76,7 +81,7 @@ def compress(recipe: Recipe, folder: Path, *, texts: Texts | None = None, listen
         dense_speed, speed = measure_speeds([model, student])
     with watch.time("store"):
         save(student, tokenizer, folder, recipe=recipe)
-    sizes = measure_size(model), measure_size(student)
+    sizes = measure_size(model), measure_size(student, is_sparse=recipe.sparsity is not None)
     return save_point(folder, make_point(recipe, evaluations, sizes, (dense_speed, speed), watch, student))
 
 
@@ -120,6 +125,17 @@ def fit(
         refit_down_proj=recipe.refit_down_proj,
         on_progress=lambda done: listen("fit", done, preparation.moments.num_blocks),
     )  # fmt: skip
+
+
+def thin_weights(recipe: Recipe, student: PreTrainedModel, corpus: Corpus, *, listen: Listener = ignore) -> None:
+    """Factors and zeros in the blocks that stay, in place, as far as the recipe asks for them."""
+    depth = len(find_blocks(student))
+    if recipe.weight_share is not None:
+        factor_weights(
+            student, corpus.calibration, recipe.weight_share, on_progress=lambda done: listen("factor", done, depth)
+        )
+    if recipe.sparsity is not None:
+        sparsify(student, corpus.calibration, recipe.sparsity, on_progress=lambda done: listen("sparsify", done, depth))
 
 
 def make_lesson(corpus: Corpus, preparation: Preparation) -> Lesson:

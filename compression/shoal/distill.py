@@ -20,13 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shoal.blocks import find_blocks, watch_boundaries
+from shoal.blocks import find_blocks, text_config, watch_boundaries
 from shoal.evaluate import Collapsed, score_windows
 from shoal.losses import TopTokens, find_divergence, find_normalizer, mix_losses, pick_log_probs
 from shoal.recipe import Distillation
 from shoal.teacher import TeacherTargets, measure_targets
 from shoal.text import TokenWindows
-from shoal.trainable import autocast, select_trained
+from shoal.trainable import autocast, merge_trained, select_trained
 
 NUM_CHECKS = 8
 # A check costs about as much as half a step.
@@ -52,7 +52,8 @@ class DistillationRun:
     """Iterating trains; each step yields {step, num_tokens, loss, learning_rate, gradient_norm, …}.
 
     Eight times at most, and after the last step, it also yields `held_out_kl` and `held_out_perplexity`; the
-    weights with the lowest `held_out_kl` are the ones that `finish` leaves. Raises `Diverged` on a loss that is not
+    weights with the lowest `held_out_kl` are the ones that `finish` leaves. With `keep_zeros`, what is zero in the
+    projections of the blocks stays zero, in training as in what `finish` leaves. Raises `Diverged` on a loss that is not
     finite, ValueError if there is nothing to train.
     """
 
@@ -64,6 +65,7 @@ class DistillationRun:
         settings: Distillation,
         *,
         replaced: tuple[int, ...],
+        keep_zeros: bool = False,
         seed: int = 0,
     ):
         self.settings, self.lesson, self.teacher, self.seed = settings, lesson, teacher, seed
@@ -72,11 +74,12 @@ class DistillationRun:
             raise ValueError("these loss weights and this temperature need the dense model while training; give teacher")
         depth = len(find_blocks(student)) + len(replaced)
         self.kept = [block for block in range(depth) if block not in replaced]
-        self.first_changed = min(replaced, default=0)
+        all_changed = keep_zeros or bool(getattr(text_config(student), "factored_projections", None))
+        self.first_changed = 0 if all_changed else min(replaced, default=0)
         self.dtype = student.dtype
         with torch.random.fork_rng([student.device] if student.device.type == "cuda" else []):
             torch.manual_seed(seed)  # LoRA begins at random
-            self.student = select_trained(student, settings)
+            self.student = select_trained(student, settings, keep_zeros=keep_zeros)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         # A parameter of its own group for maps and biases would not help: no weight decay by default.
         self.optimizer = torch.optim.AdamW(
@@ -104,8 +107,7 @@ class DistillationRun:
         """The student with its best checked weights, LoRA merged, in evaluation mode and its first dtype."""
         if self.lesson.held_out is not None:
             self._restore_weights()
-        merge = getattr(self.student, "merge_and_unload", None)
-        merged: PreTrainedModel = merge() if merge else self.student
+        merged = merge_trained(self.student)
         for parameter in merged.parameters():
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(self.dtype)

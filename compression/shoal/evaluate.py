@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from shoal.blocks import name_cache_argument, text_config
+from shoal.blocks import find_zeros, name_cache_argument, text_config
 from shoal.losses import find_divergence, find_normalizer
 from shoal.recipe import Evaluation, Size, Speed
 from shoal.teacher import TeacherTargets, choose_batch_size, token_losses
@@ -100,17 +100,25 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def measure_size(model: PreTrainedModel) -> Size:
-    """Parameters, bytes of the weights as stored, and bytes that the KV cache grows by per token."""
+def measure_size(model: PreTrainedModel, *, is_sparse: bool = False) -> Size:
+    """Parameters, bytes of the weights as stored, and bytes that the KV cache grows by per token.
+
+    Of a sparse model, the zeros in the projections of its blocks are no parameters; they are stored all the same.
+    """
     parameters = {id(p): p for p in model.parameters()}.values()
+    zeros = find_zeros(model) if is_sparse else {}
+    num_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    num_zeros = sum(int(zero.sum()) for zero in zeros.values())
+    mask_bytes = sum(math.ceil(zero.numel() / 8) for zero in zeros.values())
     cache = DynamicCache(config=text_config(model))
     ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
     model(input_ids=ids, use_cache=True, **{name_cache_argument(model): cache})
     kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     held = [tensor for tensor in kept if tensor is not None]
     return Size(
-        num_parameters=sum(p.numel() for p in parameters),
-        num_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        num_parameters=sum(p.numel() for p in parameters) - num_zeros,
+        num_bytes=num_bytes,
+        num_bitmask_bytes=num_bytes - num_zeros * model.dtype.itemsize + mask_bytes if is_sparse else None,
         kv_bytes_per_token=sum(tensor.numel() * tensor.element_size() for tensor in held) // 4,
     )
 

@@ -1,18 +1,22 @@
-"""Linear maps between the blocks of a Hugging Face causal language model.
+"""Linear maps between the blocks of a Hugging Face causal language model, and factored projections inside them.
 
 A model whose replaced blocks became linear maps is a stock model with fewer blocks, plus a `LinearBlock` after (or
-before the first of) some of them. The stock part keeps its own code, caches and masks. This file alone is needed
-to load such a model: it is copied into the model's folder for `trust_remote_code=True`, and depends on torch and
-transformers only.
+before the first of) some of them; a `FactoredLinear` stands for a projection of low rank. The stock part keeps its own
+code, caches and masks. This file alone is needed to load such a model: it is copied into the model's folder for
+`trust_remote_code=True`, and depends on torch and transformers only.
 
-The configuration names the maps: `linear_blocks = [{"block": 10, "where": "after", "replaces": [11, 12], "rank": null}]`.
+The configuration names both: `linear_blocks = [{"block": 10, "where": "after", "replaces": [11, 12], "rank": null}]`,
+`factored_projections = {"model.layers.0.mlp.up_proj": 296}` (the rank).
 """
+
+from collections import OrderedDict
 
 import torch
 import transformers
 from torch import nn
 
 PREFIX = "Shoal"
+OWN_MODULES = ("linear_blocks", "factored_projections")
 
 
 class LinearBlock(nn.Module):
@@ -27,6 +31,28 @@ class LinearBlock(nn.Module):
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         return stream + self.update(stream)
+
+
+class FactoredLinear(nn.Sequential):
+    """A projection of rank `rank`: `down` to that width, then `up`."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool):
+        down, up = nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features, bias=bias)
+        super().__init__(OrderedDict(down=down, up=up))
+        self.down: nn.Linear
+        self.up: nn.Linear
+
+
+def factor(model: nn.Module, name: str, rank: int) -> FactoredLinear:
+    """Puts factors, to be filled, in the place of the projection of that name (a `Linear` or GPT-2's `Conv1D`)."""
+    projection = model.get_submodule(name)
+    weight: torch.Tensor = projection.weight  # type: ignore[assignment]
+    in_features, out_features = reversed(weight.shape) if isinstance(projection, nn.Linear) else weight.shape
+    factored = FactoredLinear(in_features, out_features, rank, projection.bias is not None)
+    factored.to(device=weight.device, dtype=weight.dtype)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, factored)
+    return factored
 
 
 def attach(block: nn.Module, linear: LinearBlock, where: str) -> None:
@@ -51,11 +77,13 @@ def _run_before(block, args, kwargs):
 
 
 def attach_empty(model: nn.Module, config) -> None:
-    """Attaches the maps that the configuration names, for weights to be loaded into."""
+    """Attaches the maps and factors that the configuration names, for weights to be loaded into."""
     depth = config.num_hidden_layers
     blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-    for entry in config.linear_blocks:
+    for entry in getattr(config, "linear_blocks", None) or ():
         attach(blocks[entry["block"]], LinearBlock(config.hidden_size, entry["rank"]), entry["where"])
+    for name, rank in (getattr(config, "factored_projections", None) or {}).items():
+        factor(model, name, rank)
 
 
 def _make_config_class(name: str) -> type:
@@ -76,7 +104,7 @@ def _make_model_class(name: str) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """`ShoalLlamaForCausalLM` is `LlamaForCausalLM` with maps; so for every causal model of transformers."""
+    """`ShoalLlamaForCausalLM` is `LlamaForCausalLM` with maps and factors; so for every causal model of transformers."""
     if not name.startswith(PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     make = _make_config_class if name.endswith("Config") else _make_model_class

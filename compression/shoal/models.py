@@ -89,12 +89,12 @@ def _read_weights(folder: str, extra: dict, dtype: torch.dtype) -> tuple[PreTrai
 
 
 def _find_shoal_class(folder: Path) -> str | None:
-    """The class of a compressed model that holds linear blocks; None for stock models."""
+    """The class of a compressed model that holds linear blocks or factored projections; None for stock models."""
     config_file = folder / "config.json"
     if not config_file.is_file():
         return None
     config = json.loads(config_file.read_text())
-    return config["architectures"][0] if "linear_blocks" in config else None
+    return config["architectures"][0] if any(name in config for name in modeling_shoal.OWN_MODULES) else None
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -18,6 +18,8 @@ Selection = Literal[
 Fit = Literal["in_order", "independent"]
 Trained = Literal["maps", "lora", "all"]
 
+Sparsity = float | Literal["2:4", "4:8"]
+
 PACKAGED_TEXT = "wikipedia-sample"
 KINDS: tuple[Kind, ...] = ("linear", "low_rank", "folded", "dropped")
 
@@ -100,8 +102,26 @@ class Distillation(Value):
         return max(1, self.num_tokens // (self.window * self.windows_per_step))
 
 
+def read_sparsity(value: object) -> object:
+    """A share of zeros between 0 and 1, "2:4" or "4:8"; None for a share of 0. Raises ValueError for anything else."""
+    if value is None or value in ("2:4", "4:8"):
+        return value
+    try:
+        share = float(str(value))
+    except ValueError:
+        share = -1.0
+    if isinstance(value, bool) or not 0 <= share < 1:
+        hint = "; YAML reads 2:4 as 124 unless it is in quotes" if value in (124, 248) else ""
+        raise ValueError(f"sparsity={value!r} is neither a share of zeros from 0 to below 1 nor '2:4' or '4:8'{hint}")
+    return share or None  # a share of 0 is no sparsity: one recipe, one key
+
+
 class Recipe(Value):
-    """What to make of which model. `blocks` is filled in once they are chosen."""
+    """What to make of which model. `blocks` is filled in once they are chosen.
+
+    `weight_share` and `sparsity` are for the projections of the blocks that stay: the share of their parameters that
+    low-rank factors keep, and the share of their weights that are zero ("2:4": 2 of each 4 stay).
+    """
 
     base_model: str
     revision: str | None = None
@@ -114,6 +134,8 @@ class Recipe(Value):
     fit: Fit = "in_order"
     refit_down_proj: bool = True
     ridge: float | None = Field(default=None, ge=0, description="None: chosen on held-out tokens")
+    weight_share: float | None = Field(default=None, gt=0, lt=1)
+    sparsity: Annotated[Sparsity | None, BeforeValidator(read_sparsity)] = None
     calibration: tuple[Text, ...] = ()
     distillation_text: Text | None = None
     distillation: Distillation | None = None
@@ -136,11 +158,44 @@ class Recipe(Value):
             raise ValueError("selection='listed' needs blocks; name them or choose another selection")
         if (self.kind == "low_rank") != (self.rank is not None):
             raise ValueError(f"kind={self.kind!r} with rank={self.rank!r}: give rank with kind='low_rank', and only there")
-        if self.kind in ("folded", "dropped") and self.distillation and self.distillation.trained == "maps":
-            raise ValueError(f"kind={self.kind!r} leaves no maps to train; use trained='lora' or 'all'")
+        no_maps = self.kind in ("folded", "dropped") or not self.num_replaced
+        if no_maps and self.distillation and self.distillation.trained == "maps":
+            what = f"kind={self.kind!r}" if self.num_replaced else "num_replaced=0"
+            raise ValueError(f"{what} leaves no maps to train; use trained='lora' or 'all'")
         if self.kind == "folded" and self.fit == "independent":
             raise ValueError("kind='folded' is fitted along the student's own stream; use fit='in_order'")
         return self
+
+    @property
+    def changes(self) -> str:
+        """What is done to the dense model, in a few words: "4 blocks folded, 2:4 sparse"."""
+        kind = self.kind + (f"({self.rank})" if self.rank else "")
+        parts = [f"{self.num_replaced} blocks {kind}"] if self.num_replaced or not self.weight_changes else []
+        return ", ".join([*parts, *self.weight_changes])
+
+    @property
+    def weight_changes(self) -> tuple[str, ...]:
+        """What is done to the weights of the blocks that stay: "SVD 80 %", "50 % sparse", "2:4 sparse"."""
+        factored = () if self.weight_share is None else (f"SVD {100 * self.weight_share:g} %",)
+        if self.sparsity is None:
+            return factored
+        return (*factored, f"{self.sparsity if isinstance(self.sparsity, str) else f'{100 * self.sparsity:g} %'} sparse")
+
+    @property
+    def short_name(self) -> str:
+        """The same as part of a name: "folded-4-sparse2of4"."""
+        parts = [f"{self.kind}-{self.num_replaced}"] if self.num_replaced or not self.weight_changes else []
+        if self.weight_share is not None:
+            parts.append(f"svd{100 * self.weight_share:g}")
+        if self.sparsity is not None:
+            share = self.sparsity.replace(":", "of") if isinstance(self.sparsity, str) else f"{100 * self.sparsity:g}"
+            parts.append(f"sparse{share}")
+        return "-".join(parts)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the model is of a stock architecture, which loads with nobody's code."""
+        return self.weight_share is None and (self.kind in ("folded", "dropped") or not self.num_replaced)
 
     @property
     def key(self) -> str:
@@ -169,11 +224,17 @@ class Evaluation(Value):
 
 
 class Size(Value):
-    """What a model takes: parameters, bytes on disk, KV-cache bytes per token."""
+    """What a model takes: parameters, bytes on disk, KV-cache bytes per token.
+
+    Zeros of a sparse model are not among `num_parameters`, but are among `num_bytes`: no format without them loads in
+    transformers 5 or vLLM. `num_bitmask_bytes` is what such a format would take (values that are not zero, and a bit for
+    each place of a sparse matrix); None for models that are not sparse.
+    """
 
     num_parameters: int
     num_bytes: int
     kv_bytes_per_token: int
+    num_bitmask_bytes: int | None = None
 
 
 class Speed(Value):

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from shoal import modeling_shoal
 from shoal.blocks import check_block_indices, drop_blocks, find_blocks, find_down_proj, text_config
 from shoal.files import write_aside
 from shoal.modeling_shoal import LinearBlock, attach
@@ -115,13 +116,14 @@ def find_runs(blocks: Iterable[int]) -> list[range]:
 def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
     """Changes the model in place: new `down_proj` weights, blocks out, maps in.
 
-    Raises ValueError if blocks do not exist, none would be left, or the model holds maps already.
+    Raises ValueError if blocks do not exist, none would be left, or the model holds maps or factors already.
     """
     blocks, config = find_blocks(model), text_config(model)
     check_block_indices(replacement.blocks, len(blocks))
-    if getattr(config, "linear_blocks", None):
+    if holds_own_modules(model):
         raise ValueError(
-            "this model holds linear blocks already; start from its dense model and replace all blocks at once"
+            "this model holds linear blocks or factored projections already; start from its dense model and make all "
+            "changes at once"
         )
     for index, weight in replacement.down_proj.items():
         projection = find_down_proj(blocks[index], config.hidden_size)
@@ -139,6 +141,12 @@ def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
             entries.append({"block": max(position, 0), "where": where, "replaces": list(run), "rank": affine.rank})
     if entries:
         config.linear_blocks = entries
+
+
+def holds_own_modules(model: PreTrainedModel) -> bool:
+    """Whether the model holds linear blocks or factored projections, which no stock architecture has."""
+    config = text_config(model)
+    return any(getattr(config, name, None) for name in modeling_shoal.OWN_MODULES)
 
 
 def weight_of(projection) -> Tensor:

@@ -2,7 +2,8 @@
 
     config.json  model*.safetensors  tokenizer files  recipe.json  point.json  README.md  [modeling_shoal.py]
 
-Folded and dropped kinds are stock checkpoints. Linear kinds bring `modeling_shoal.py`, so that
+Folded and dropped kinds are stock checkpoints, sparse or not: zeros are stored like any other value, because no format
+that leaves them out loads in transformers 5 or vLLM. Linear kinds and factored weights bring `modeling_shoal.py`, so that
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where Shoal is not installed;
 `shoal.load(folder)` never runs code from the folder.
 """
@@ -17,10 +18,10 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal import modeling_shoal
-from shoal.blocks import text_config
 from shoal.card import write_card
 from shoal.files import write_aside, write_text
 from shoal.recipe import Point, Recipe
+from shoal.replace import holds_own_modules
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, recipe: Recipe) -> None:
@@ -32,17 +33,17 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         raise FileExistsError(f"{str(folder)!r} exists already; delete it or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(folder) as aside:
-        holds_maps = bool(getattr(text_config(model), "linear_blocks", None))
+        own = holds_own_modules(model)
         # Transformers renames some weights of its own classes on the way in and out, but not those of other classes.
-        model.save_pretrained(aside, save_original_format=not holds_maps)
+        model.save_pretrained(aside, save_original_format=not own)
         tokenizer.save_pretrained(aside)
-        if holds_maps:
+        if own:
             _name_remote_code(aside, model)
         (aside / "recipe.json").write_text(recipe.model_dump_json(indent=2))
 
 
 def _name_remote_code(folder: Path, model: PreTrainedModel) -> None:
-    """A model type of its own: a loader that does not know the maps refuses, instead of loading without them."""
+    """A model type of its own: a loader that does not know our modules refuses, instead of loading without them."""
     config = json.loads((folder / "config.json").read_text())
     model_class, config_class = (f"Shoal{type(part).__name__.removeprefix('Shoal')}" for part in (model, model.config))
     config["model_type"] = f"shoal-{model.config.model_type.removeprefix('shoal-')}"

@@ -50,18 +50,17 @@ def fit_in_order(
     runs = {run.start: run for run in find_runs(blocks)}
     if kind == "folded":
         _require_foldable(model, decoder, runs)
-    batch = next(size for size in (8, 4, 2, 1) if len(windows) % size == 0 and (len(windows) >= 2 * size or size == 1))
-    batches = [ids.to(model.device) for ids in windows.ids.split(batch)]
+    batches = split_evenly(windows, model.device)
     _, calls = record_calls(model, batches[0])
     teacher: Stream = [embed(model, ids) for ids in batches]
     student: Stream = teacher
     replacement = Replacement(blocks=tuple(sorted(blocks)))
-    last = len(decoder) if refit_down_proj else max(blocks, default=-1) + 1
+    last = len(decoder) if refit_down_proj and blocks else max(blocks, default=-1) + 1
     block = 0
     while block < last:
         run = runs.get(block)
         if run is not None:
-            teacher = _advance(decoder, calls, run, teacher)
+            teacher = advance(decoder, calls, run, teacher)
             if kind in ("linear", "low_rank"):
                 replacement.maps[run.start] = _fit_map(student, teacher, ridge=ridge, rank=rank)
                 student = [_apply(replacement.maps[run.start], stream) for stream in student]
@@ -71,20 +70,26 @@ def fit_in_order(
             if kind == "folded" and stop in runs:
                 stop = runs[stop].stop
             shared = student is teacher
-            aim = _advance(decoder, calls, range(block, stop), teacher)
+            aim = advance(decoder, calls, range(block, stop), teacher)
             folds = stop > block + 1
             projection = find_down_proj(decoder[block], text_config(model).hidden_size)
             if projection is not None and (folds or (refit_down_proj and not shared)):
                 student, weight = _refit_block(decoder[block], projection, calls[block], student, aim)
                 replacement.down_proj[block] = weight
             else:
-                student = aim if shared else _advance(decoder, calls, range(block, stop), student)
+                student = aim if shared else advance(decoder, calls, range(block, stop), student)
             teacher, block = aim, stop
         on_progress(block)
     return replacement
 
 
-def _advance(decoder: nn.ModuleList, calls: list[Call], blocks: range, stream: Stream) -> Stream:
+def split_evenly(windows: TokenWindows, device: torch.device) -> list[Tensor]:
+    """Batches of one shape [batch, time], so that the blocks are called alike for each; two or more where it can be."""
+    batch = next(size for size in (8, 4, 2, 1) if len(windows) % size == 0 and (len(windows) >= 2 * size or size == 1))
+    return [ids.to(device) for ids in windows.ids.split(batch)]
+
+
+def advance(decoder: nn.ModuleList, calls: list[Call], blocks: range, stream: Stream) -> Stream:
     for block in blocks:
         stream = [calls[block].run(decoder[block], batch) for batch in stream]
     return stream

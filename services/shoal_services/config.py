@@ -89,8 +89,11 @@ class SearchConfig(Value):
             message = f"{key}: " * bool(key) + complaint["msg"].removeprefix("Value error, ")
             varied = {name: value for name, value in assignment.items() if name in self.space.axes}
             raise ValueError(f"no recipe for {varied or 'this space'}: {message}") from error
-        if recipe.num_replaced < 1:
-            raise ValueError("space.num_replaced must be 1 or more; the dense model is measured in any case")
+        if recipe.num_replaced < 1 and self.space.weight_share is None and self.space.sparsity is None:
+            raise ValueError(
+                "space.num_replaced must be 1 or more; the dense model is measured in any case "
+                "(0 is for spaces with weight_share or sparsity)"
+            )
 
     @property
     def folder(self) -> Path:
@@ -121,7 +124,10 @@ class SearchConfig(Value):
             loss = LossWeights(**{name: values[name] for name in LossWeights.model_fields})
             own = {name: values[name] for name in Distillation.model_fields if name in values}
             settings = Distillation(num_tokens=values["distillation_tokens"], loss=loss, **own)
-        shared = {name: values[name] for name in ("num_replaced", "selection", "fit", "refit_down_proj", "ridge", "seed")}
+        shared = {
+            name: values[name]
+            for name in ("num_replaced", "selection", "fit", "refit_down_proj", "ridge", "weight_share", "sparsity", "seed")
+        }
         return Recipe.model_validate(
             {"base_model": self.model, "revision": self.revision, "dtype": self.dtype, "kind": kind, "rank": rank}
             | shared

@@ -108,7 +108,8 @@ def _last_step(point: Point) -> int:
 
 
 def _name_trial(assignment: dict[str, Any]) -> str:
-    return " ".join(str(assignment[name]) for name in ("kind", "num_replaced") if name in assignment) or "trial"
+    names = ("kind", "num_replaced", "weight_share", "sparsity")
+    return " ".join(str(assignment[name]) for name in names if assignment.get(name) is not None) or "trial"
 
 
 def point_metrics(point: Point) -> dict[str, float]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import plotly.graph_objects as go
 from shoal.files import write_text
 from shoal.frontier import find_frontier, name_picks
-from shoal.recipe import KINDS, Point
+from shoal.recipe import KINDS, Point, Recipe
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00"), strict=True))
 SYMBOLS = dict(zip(KINDS, ("circle", "diamond", "square", "x"), strict=True))
+# Open marks are sparse, marks with a dot have factored weights.
+WEIGHTS = {(): "", ("SVD",): "-dot", ("sparse",): "-open", ("SVD", "sparse"): "-open-dot"}
 # Plotly labels a log axis 2, 3, 4 between powers of ten; perplexities want to be read as 20, 30, 40.
 TICKS = [step * 10**power for power in range(6) for step in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)]
 STYLE = """
@@ -40,7 +43,8 @@ def write_frontier_page(path: Path, name: str, points: Sequence[Point]) -> None:
             f"Perplexity on {html.escape(first.text.name)}, {first.text.num_tokens:,} tokens (sha256 "
             f"{(first.text.sha256 or '')[:8]}), {points[0].recipe.dtype} on {points[0].device}. Bars are one standard "
             "error over windows. Errors of compressed and dense model go together: the ratio in the table is far surer "
-            "than the two bars suggest. Up and to the right is worse."
+            "than the two bars suggest. Up and to the right is worse. Zeros of sparse weights are no parameters, but are "
+            "among the MB, which are those of the weights as saved."
         )
         sections += [
             draw(frontier_figure(points, frontier)),
@@ -57,13 +61,14 @@ def frontier_figure(points: Sequence[Point], frontier: Sequence[Point]) -> go.Fi
         x=[p.num_parameters / 1e6 for p in frontier], y=[p.perplexity for p in frontier], mode="lines",
         line={"color": "#888", "shape": "hv"}, name="frontier", hoverinfo="skip",
     )  # fmt: skip
-    for kind in KINDS:
-        group = [p for p in points if p.recipe.kind == kind]
+    for kind, weights in product(KINDS, WEIGHTS):
+        group = [p for p in points if p.recipe.kind == kind and _weights_of(p.recipe) == weights]
         if group:
             figure.add_scatter(
-                x=[p.num_parameters / 1e6 for p in group], y=[p.perplexity for p in group], mode="markers", name=kind,
+                x=[p.num_parameters / 1e6 for p in group], y=[p.perplexity for p in group], mode="markers",
+                name=", ".join([kind, *weights]),
                 error_y={"array": [p.evaluations[0].standard_error for p in group], "thickness": 1, "width": 3},
-                marker={"color": COLOURS[kind], "symbol": SYMBOLS[kind], "size": 11},
+                marker={"color": COLOURS[kind], "symbol": SYMBOLS[kind] + WEIGHTS[weights], "size": 11},
                 hovertext=[_describe(p) for p in group], hoverinfo="text",
             )  # fmt: skip
     dense = points[0]
@@ -81,6 +86,11 @@ def frontier_figure(points: Sequence[Point], frontier: Sequence[Point]) -> go.Fi
     return figure
 
 
+def _weights_of(recipe: Recipe) -> tuple[str, ...]:
+    """The key of `WEIGHTS` for a recipe."""
+    return (*(("SVD",) if recipe.weight_share is not None else ()), *(("sparse",) if recipe.sparsity is not None else ()))
+
+
 def _describe(point: Point) -> str:
     recipe, first = point.recipe, point.evaluations[0]
     settings = recipe.distillation
@@ -92,10 +102,11 @@ def _describe(point: Point) -> str:
     )
     return "<br>".join(
         [
-            f"<b>{recipe.num_replaced} blocks {recipe.kind}</b>: {', '.join(map(str, recipe.blocks or ()))}",
+            f"<b>{recipe.changes}</b>: {', '.join(map(str, recipe.blocks or ()))}",
             f"perplexity {first.perplexity:.2f} ± {first.standard_error:.2f} (dense {first.dense_perplexity:.2f})",
             f"KL to dense {first.kl:.3f} ± {first.kl_standard_error:.3f} nats per token",
-            f"{point.num_parameters / 1e6:.1f} M parameters, {point.size.kv_bytes_per_token:,} KV bytes per token",
+            f"{point.num_parameters / 1e6:.1f} M parameters, {point.size.num_bytes / 1e6:.1f} MB, "
+            f"{point.size.kv_bytes_per_token:,} KV bytes per token",
             distilled,
         ]
     )
@@ -104,7 +115,8 @@ def _describe(point: Point) -> str:
 def _frontier_table(points: Sequence[Point], frontier: Sequence[Point]) -> str:
     picks = {id(point): name for name, point in reversed(name_picks(frontier).items())}
     dense = points[0]
-    rows = [["dense", "0", "", f"{dense.dense_size.num_parameters / 1e6:.1f} M", *_dense_cells(dense)]]
+    sizes = [f"{dense.dense_size.num_parameters / 1e6:.1f} M", f"{dense.dense_size.num_bytes / 1e6:.1f}"]
+    rows = [["dense", "0", "", "", *sizes, *_dense_cells(dense)]]
     marked = [False]
     for point in reversed(frontier):
         first = point.evaluations[0]
@@ -112,8 +124,10 @@ def _frontier_table(points: Sequence[Point], frontier: Sequence[Point]) -> str:
             [
                 picks.get(id(point), ""),
                 f"{point.recipe.num_replaced}",
-                point.recipe.kind,
+                point.recipe.kind if point.recipe.num_replaced else "",
+                ", ".join(point.recipe.weight_changes),
                 f"{point.num_parameters / 1e6:.1f} M",
+                f"{point.size.num_bytes / 1e6:.1f}",
                 f"{first.perplexity:.2f} ± {first.standard_error:.2f}",
                 f"{math.exp(first.log_ratio):.3f} ± {math.exp(first.log_ratio) * first.log_ratio_standard_error:.3f}",
                 f"{first.kl:.3f} ± {first.kl_standard_error:.3f}",
@@ -126,7 +140,9 @@ def _frontier_table(points: Sequence[Point], frontier: Sequence[Point]) -> str:
         "",
         "blocks replaced",
         "kind",
+        "weights",
         "parameters",
+        "MB",
         "perplexity",
         "ratio to dense",
         "KL",

@@ -127,6 +127,7 @@ def _publish(config: SearchConfig, folder: RunFolder, frontier: list[Point], tra
             source=point.artefact,
             tags={
                 "kind": point.recipe.kind,
+                "weights": ", ".join(point.recipe.weight_changes),
                 "perplexity": f"{point.perplexity:.4f}",
                 "sha256": point.artefact_sha256 or "",
             },
@@ -141,7 +142,9 @@ def frontier_columns(frontier: list[Point]) -> dict[str, list]:
     return {
         "blocks replaced": [point.recipe.num_replaced for point in frontier],
         "kind": [point.recipe.kind for point in frontier],
+        "weights": [", ".join(point.recipe.weight_changes) for point in frontier],
         "parameters": [point.num_parameters for point in frontier],
+        "bytes": [point.size.num_bytes for point in frontier],
         "perplexity": [point.perplexity for point in frontier],
         "standard error": [point.evaluations[0].standard_error for point in frontier],
         "dense perplexity": [point.evaluations[0].dense_perplexity for point in frontier],

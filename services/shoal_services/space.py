@@ -86,6 +86,8 @@ class Space(Value):
     fit: Axis[Fit] = "in_order"
     refit_down_proj: Axis[bool] = True
     ridge: Axis[float | None] = None
+    weight_share: Axis[float | None] = None
+    sparsity: Axis[float | str | None] = None
     distillation_tokens: Axis[int] = 0
     learning_rate: Axis[float] = 5e-4
     temperature: Axis[float] = 1.0

@@ -23,7 +23,7 @@ from rich.table import Table
 from shoal.frontier import name_picks
 from shoal.linearity import RANKING_REASON, BlockLinearity
 from shoal.profile import Profile
-from shoal.recipe import Evaluation, Point
+from shoal.recipe import Evaluation, Point, Recipe
 
 from shoal_services.doctor import Check
 from shoal_services.folder import TrialResult, read_progress
@@ -60,7 +60,7 @@ class ProgressDisplay:
         first, recipe = point.evaluations[0], point.recipe
         distilled = f"{recipe.distillation.num_tokens:,} tokens distilled" if recipe.distillation else "not distilled"
         self.progress.console.print(
-            f"trial {result.key}: {recipe.num_replaced} blocks {recipe.kind}, {distilled}: "
+            f"trial {result.key}: {recipe.changes}, {distilled}: "
             f"{point.num_parameters / 1e6:.1f} M, "
             f"perplexity {first.perplexity:.2f} ± {first.standard_error:.2f} (dense {first.dense_perplexity:.2f})"
         )
@@ -160,13 +160,13 @@ def frontier_table(name: str, frontier: Sequence[Point]) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    for column in ("", "−", "kind", "params", "perplexity", "× dense", "KL", "decode"):
+    for column in ("", "−", "kind", "params", "MB", "perplexity", "× dense", "KL", "decode"):
         table.add_column(column, justify="left" if column in ("", "kind") else "right", no_wrap=True)
     if not frontier:
         return table
     dense, first = frontier[0], frontier[0].evaluations[0]
     table.add_row(
-        "dense", "0", "", f"{dense.dense_size.num_parameters / 1e6:.1f}M",
+        "dense", "0", "", f"{dense.dense_size.num_parameters / 1e6:.1f}M", f"{dense.dense_size.num_bytes / 1e6:.0f}",
         f"{first.dense_perplexity:.2f} ± {first.dense_standard_error:.2f}", "1", "0", "×1",
     )  # fmt: skip
     names: dict[int, str] = {}
@@ -185,13 +185,20 @@ def frontier_cells(point: Point) -> list[str]:
         speedup = f"×{point.speed.decode_tokens_per_s / point.dense_speed.decode_tokens_per_s:.2f}"
     return [
         str(recipe.num_replaced),
-        recipe.kind + (f"({recipe.rank})" if recipe.rank else ""),
+        describe_method(recipe),
         f"{point.num_parameters / 1e6:.1f}M",
+        f"{point.size.num_bytes / 1e6:.0f}",
         f"{first.perplexity:.2f} ± {first.standard_error:.2f}",
         f"{math.exp(first.log_ratio):.2f} ± {math.exp(first.log_ratio) * first.log_ratio_standard_error:.2f}",
         f"{first.kl:.3f}",
         speedup,
     ]
+
+
+def describe_method(recipe: Recipe) -> str:
+    """The kind of replacement, and what was done to the weights of the blocks that stay."""
+    kind = recipe.kind + (f"({recipe.rank})" if recipe.rank else "")
+    return ", ".join([*([kind] if recipe.num_replaced else []), *recipe.weight_changes])
 
 
 def _caption(frontier: Sequence[Point]) -> str:
@@ -200,7 +207,8 @@ def _caption(frontier: Sequence[Point]) -> str:
     point = frontier[0]
     text = point.evaluations[0].text
     return (
-        f"−: blocks replaced. Perplexity on {text.name}, {text.num_tokens:,} tokens, "
+        "−: blocks replaced. Params without the zeros of sparse weights, MB with them, as saved. "
+        f"Perplexity on {text.name}, {text.num_tokens:,} tokens, "
         f"{point.recipe.dtype} on {point.device}; "
         "± one standard error over windows (of × dense: paired). KL to dense in nats per token."
     )
@@ -208,7 +216,7 @@ def _caption(frontier: Sequence[Point]) -> str:
 
 def point_table(point: Point) -> Table:
     """One compressed model beside the dense one."""
-    table = Table(title=f"{point.recipe.base_model}, {point.recipe.num_replaced} blocks {point.recipe.kind}")
+    table = Table(title=f"{point.recipe.base_model}, {point.recipe.changes}")
     for column in ("", "dense", "compressed"):
         table.add_column(column, justify="left" if not column else "right")
     for e in point.evaluations:
@@ -219,6 +227,11 @@ def point_table(point: Point) -> Table:
         table.add_row("KL to dense, nats per token", "0", f"{e.kl:.4f} ± {e.kl_standard_error:.4f}")
         table.add_row("same top token", "100 %", f"{e.top1_agreement:.1%}")
     table.add_row("parameters", f"{point.dense_size.num_parameters:,}", f"{point.size.num_parameters:,}")
+    table.add_row("weights, bytes", f"{point.dense_size.num_bytes:,}", f"{point.size.num_bytes:,}")
+    if point.size.num_bitmask_bytes is not None:
+        table.add_row(
+            "bytes, if zeros were a bit each", f"{point.dense_size.num_bytes:,}", f"{point.size.num_bitmask_bytes:,}"
+        )
     table.add_row(
         "KV cache, bytes per token", f"{point.dense_size.kv_bytes_per_token:,}", f"{point.size.kv_bytes_per_token:,}"
     )

@@ -16,7 +16,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from shoal.compress import Stopwatch, choose, evaluate_all, fit, make_lesson, make_point, name_inputs
+from shoal.compress import Stopwatch, choose, evaluate_all, fit, make_lesson, make_point, name_inputs, thin_weights
 from shoal.corpus import Corpus
 from shoal.distill import DistillationRun
 from shoal.evaluate import Collapsed, measure_size, measure_speeds, score_windows
@@ -76,7 +76,10 @@ class Trial:
             recipe, replacement = self._fit_once(recipe, model, corpus, preparation)
             student = copy.deepcopy(model)
             apply_replacement(student, replacement)
-        size = measure_size(student)
+        with self.watch.time("thin"):
+            thin_weights(recipe, student, corpus, listen=self.listen)
+            _share_weights(student)
+        size = measure_size(student, is_sparse=recipe.sparsity is not None)
         with self.watch.time("distil"):
             student = self._distil(recipe, student, model, corpus, preparation, size.num_parameters)
         if not self.is_writer:
@@ -125,7 +128,7 @@ class Trial:
             return student
         run = DistillationRun(
             student, model, make_lesson(corpus, preparation), recipe.distillation,
-            replaced=recipe.blocks or (), seed=recipe.seed,
+            replaced=recipe.blocks or (), keep_zeros=recipe.sparsity is not None, seed=recipe.seed,
         )  # fmt: skip
         _restore(run)
         saved_at = time.monotonic()
@@ -161,6 +164,13 @@ def _fit_key(recipe: Recipe) -> str:
     """Equal for recipes that have the same replacement before distillation."""
     fields = {"num_replaced", "blocks", "kind", "rank", "selection", "fit", "refit_down_proj", "ridge"}
     return fingerprint(recipe.model_dump(mode="json", include=fields))
+
+
+def _share_weights(student: PreTrainedModel) -> None:
+    """Rank 0's weights for all: on another kind of processor, a tie of two weights may fall the other way."""
+    if dist.is_initialized():
+        for parameter in student.parameters():
+            dist.broadcast(parameter.data, 0)
 
 
 def _restore(run: DistillationRun) -> None:

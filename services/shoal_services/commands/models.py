@@ -102,10 +102,18 @@ def compress(
     model: Model,
     num_replaced: Annotated[int | None, typer.Option("--num-replaced", "-n", help="How many blocks to replace.")] = None,
     blocks: Annotated[str | None, typer.Option(help="Which blocks, instead of how many: 12,13,15.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to make; by default MODEL-KIND-N.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to make; by default MODEL-KIND-N, and what else is done.")
+    ] = None,
     kind: Annotated[KindName, typer.Option(help="linear, low_rank (with --rank), folded, dropped.")] = KindName.linear,
     rank: Annotated[int | None, typer.Option(help="Rank of the maps of kind low_rank.")] = None,
     selection: Annotated[SelectionName, typer.Option(help="How blocks are chosen.")] = SelectionName.linearity,
+    weight_share: Annotated[
+        float | None, typer.Option(help="Share of the kept blocks' weights that low-rank factors keep (SVD): 0.8.")
+    ] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Zeros in the kept blocks' weights (Wanda): a share such as 0.5, or 2:4, or 4:8.")
+    ] = None,
     distil_tokens: Annotated[int, typer.Option(help="Tokens to distil on; 0 fits in closed form only.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the distillation.")] = 5e-4,
     trained: Annotated[str, typer.Option(help="What distillation trains: maps, lora (and maps), all.")] = "lora",
@@ -119,13 +127,17 @@ def compress(
     seed: Annotated[int, typer.Option(help="Seed of the distillation.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Make one shallower model: choose blocks, fit their replacements, distil, evaluate, store.
+    """Make one smaller model: choose blocks, fit their replacements, thin the other weights, distil, evaluate, store.
 
     Examples:
 
         shoal compress smollm2-135m --num-replaced 6
 
         shoal compress smollm2-135m -n 8 --kind folded --distil-tokens 131072 -o smol-22
+
+        shoal compress smollm2-135m -n 4 --kind folded --sparsity 2:4
+
+        shoal compress smollm2-135m -n 0 --weight-share 0.8
 
         shoal compress ./my-llama --blocks 12,13,14 --text corpus.txt --evaluation-text held-out.txt
     """
@@ -138,12 +150,15 @@ def compress(
     if (num_replaced is None) == (listed is None):
         raise ValueError("give either --num-replaced or --blocks")
     count = len(listed) if listed is not None else num_replaced or 0
-    if count < 1:
-        raise ValueError(f"--num-replaced {count}: choose 1 or more blocks to replace")
+    if count < (1 if weight_share is None and sparsity is None else 0):
+        raise ValueError(
+            f"--num-replaced {count}: choose 1 or more blocks to replace, or 0 with --sparsity or --weight-share"
+        )
     recipe = Recipe.model_validate(
         {
             "base_model": model, "revision": revision, "num_replaced": count, "blocks": listed, "kind": kind.value,
             "rank": rank, "selection": "listed" if listed else selection.value, "seed": seed, "dtype": dtype,
+            "weight_share": weight_share, "sparsity": sparsity,
             "distillation": Distillation.model_validate(
                 {"num_tokens": distil_tokens, "learning_rate": learning_rate, "trained": trained}
             ) if distil_tokens else None,
@@ -152,7 +167,7 @@ def compress(
     texts = make_texts(
         text, evaluation_text, calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens, window=window
     )
-    folder = out or Path(f"{Path(model).name}-{kind.value}-{count}")
+    folder = out or Path(f"{Path(model).name}-{recipe.short_name}")
     with show_progress() as listen:
         point = run(recipe, folder, texts=texts, listen=listen)
     if as_json:

@@ -77,7 +77,7 @@ def _read_search(folder: Path) -> dict[str, VariantSettings]:
     for point in sorted(points, key=lambda point: -point.num_parameters):
         assert point.artefact is not None
         name = names.get(point.artefact)
-        variants[name or f"{point.recipe.kind}-{point.recipe.num_replaced}"] = VariantSettings(
+        variants[name or point.recipe.short_name] = VariantSettings(
             model=_find_artefact(folder, point.artefact), perplexity=point.perplexity,
             num_parameters=point.num_parameters, shared=name is None,
         )  # fmt: skip

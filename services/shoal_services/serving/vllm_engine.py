@@ -7,11 +7,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from shoal_services.serving.generation import Delta, EngineStatistics, FinishReason, Generation, QueueFull, Token
 from shoal_services.serving.settings import Limits, VariantSettings
-from shoal_services.serving.vllm_plugin import register
+from shoal_services.serving.vllm_plugin import refuse_factors, register
 
 
 class VllmEngine:
@@ -32,7 +32,9 @@ class VllmEngine:
                 f"vLLM is not installed here ({error}); pip install 'shoal[vllm]', or say engine: transformers"
             ) from error
         register()  # vLLM does so too, but later than the configuration is read here
-        length = min(limits.max_context, _find_context(folder))
+        config = AutoConfig.from_pretrained(folder)
+        refuse_factors(config)
+        length = min(limits.max_context, getattr(config, "max_position_embeddings", None) or 2**31)
         arguments = AsyncEngineArgs(
             model=folder, dtype=settings.dtype or "auto", max_model_len=length, max_num_seqs=limits.max_batch_size,
             **{"enable_log_requests": False, "disable_log_stats": True, **settings.engine_options},
@@ -98,12 +100,6 @@ class VllmEngine:
     def _tell(self) -> None:
         self._told = False
         self._after_step()
-
-
-def _find_context(folder: str) -> int:
-    from transformers import AutoConfig
-
-    return int(getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or 2**31)
 
 
 def _sampling(request: Generation) -> Any:

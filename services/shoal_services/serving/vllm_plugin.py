@@ -45,11 +45,24 @@ def __getattr__(name: str) -> type:
     return globals()[name]
 
 
+def refuse_factors(config: Any) -> None:
+    """Raises ValueError for a model with factored projections."""
+    if getattr(config, "factored_projections", None):
+        raise ValueError(
+            "vLLM cannot serve a model made with weight_share: it fuses query, key and value into one projection, which "
+            "has no factors; say engine: transformers"
+        )
+
+
 def attach_maps(model: nn.Module, config: Any, dtype: Any) -> None:
-    """Puts the maps that the configuration names into vLLM's blocks, under the names that their weights have."""
+    """Puts the maps that the configuration names into vLLM's blocks, under the names that their weights have.
+
+    Raises ValueError for factored projections.
+    """
+    refuse_factors(config)
     depth = config.num_hidden_layers
     blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-    for entry in config.linear_blocks:
+    for entry in getattr(config, "linear_blocks", None) or ():
         block, where = blocks[entry["block"]], entry["where"]
         block.add_module(f"linear_{where}", LinearBlock(config.hidden_size, entry["rank"]).to(dtype))
         if where == "after":
