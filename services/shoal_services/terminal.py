@@ -23,7 +23,7 @@ from rich.table import Table
 from shoal.frontier import name_picks
 from shoal.linearity import RANKING_REASON, BlockLinearity
 from shoal.profile import Profile
-from shoal.recipe import Evaluation, Point
+from shoal.recipe import Evaluation, Point, TaskScore
 
 from shoal_services.doctor import Check
 from shoal_services.folder import TrialResult, read_progress
@@ -240,6 +240,24 @@ def evaluation_table(name: str, evaluations: Sequence[Evaluation]) -> Table:
             e.text.name, f"{e.text.num_tokens:,}", f"{e.dense_perplexity:.2f} ± {e.dense_standard_error:.2f}",
             f"{e.perplexity:.2f} ± {e.standard_error:.2f}", f"{ratio:.3f} ± {ratio * e.log_ratio_standard_error:.3f}",
             f"{e.kl:.4f} ± {e.kl_standard_error:.4f}", f"{e.top1_agreement:.1%}",
+        )  # fmt: skip
+    return table
+
+
+def task_table(name: str, scores: Sequence[TaskScore]) -> Table:
+    """A model's scores in tasks beside the dense model's."""
+    caption = "± one standard error over examples (of the difference: paired)."
+    table = Table(title=name, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("task", "metric", "examples", "dense", "score", "difference"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right", overflow="fold")
+
+    def write(value: float | None, error: float | None, form: str = ".3f") -> str:
+        return "" if value is None else f"{value:{form}}" + ("" if error is None else f" ± {error:.3f}")
+
+    for score in scores:
+        table.add_row(
+            score.task, score.metric, f"{score.num_examples:,}", write(score.dense_score, score.dense_standard_error),
+            write(score.score, score.standard_error), write(score.difference, score.difference_standard_error, "+.3f"),
         )  # fmt: skip
     return table
 
