@@ -60,7 +60,9 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     local = [name for name in names if Path(name).suffix in (".yaml", ".yml") or Path(name).is_dir()]
     known = [name for name in names if name not in local]
-    specs = [config for name in local for config in _read_local(Path(name))]
+    specs: list[str | dict[str, Any]] = [*known]
+    for name in local:
+        specs += _read_local(Path(name))
     manager = TaskManager(include_defaults=bool(known))  # lm-eval's own are thousands of files
     for name in known:
         if name not in manager.task_index:
@@ -68,8 +70,8 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
             hint = f"did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
             raise ValueError(f"unknown task {name!r}; {hint}Tasks are lm-eval's own, .yaml files, and folders of them")
     tasks: dict[str, Task] = {}
-    wanted: list[tuple[str, str | dict[str, Any]]] = [(name, name) for name in known]
-    for label, spec in [*wanted, *((str(config["task"]), config) for config in specs)]:
+    for spec in specs:
+        label = spec["task"] if isinstance(spec, dict) else spec
         try:
             tasks |= manager.load([spec])["tasks"]
         except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:

@@ -25,7 +25,7 @@ def common(
 
 
 for command in (
-    models.profile, models.compress, searches.search, searches.frontier, models.evaluate, machine.doctor,
+    models.profile, models.compress, searches.search, searches.frontier, models.evaluate, models.probe, machine.doctor,
     serving.serve, serving.bench_serve,
 ):  # fmt: skip
     app.command()(command)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,6 +28,9 @@ from shoal.recipe import Evaluation, Point, TaskScore
 
 from shoal_services.doctor import Check
 from shoal_services.folder import TrialResult, read_progress
+
+if TYPE_CHECKING:
+    from shoal.probe import Probe
 
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
@@ -259,6 +263,24 @@ def task_table(name: str, scores: Sequence[TaskScore]) -> Table:
             score.task, score.metric, f"{score.num_examples:,}", write(score.dense_score, score.dense_standard_error),
             write(score.score, score.standard_error), write(score.difference, score.difference_standard_error, "+.3f"),
         )  # fmt: skip
+    return table
+
+
+def probe_table(probes: Sequence[Probe]) -> Table:
+    """The accuracy of the probes after each block of the dense model, a column for each model."""
+    first = probes[0]
+    caption = (
+        f"Accuracy on {first.text}, {first.num_examples:,} texts of {first.num_classes} classes, cross-validated over "
+        f"{first.num_folds} folds, ± one standard error over texts. Naming the largest class: {first.majority:.3f}."
+    )
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("blocks passed", justify="right")
+    for probe in probes:
+        table.add_column(probe.model, justify="right", overflow="fold")
+    for passed in sorted({layer.num_passed for probe in probes for layer in probe.layers}):
+        found = [next((layer for layer in probe.layers if layer.num_passed == passed), None) for probe in probes]
+        cells = (f"{layer.accuracy:.3f} ± {layer.standard_error:.3f}" if layer else "" for layer in found)
+        table.add_row(str(passed), *cells)
     return table
 
 
