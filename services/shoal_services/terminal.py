@@ -32,6 +32,8 @@ from shoal_services.folder import TrialResult, read_progress
 if TYPE_CHECKING:
     from shoal.probe import Probe
 
+    from shoal_services.judge import CriterionGrade
+
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
 
@@ -281,6 +283,21 @@ def probe_table(probes: Sequence[Probe]) -> Table:
         found = [next((layer for layer in probe.layers if layer.num_passed == passed), None) for probe in probes]
         cells = (f"{layer.accuracy:.3f} ± {layer.standard_error:.3f}" if layer else "" for layer in found)
         table.add_row(str(passed), *cells)
+    return table
+
+
+def grade_table(name: str, judge: str, grades: Sequence[CriterionGrade]) -> Table:
+    """A judge's grades of a model's stories beside those of the dense model's."""
+    caption = f"Grades from 1 to 10 by {judge}, {grades[0].num_stories} stories, ± one standard error over beginnings."
+    table = Table(title=name, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "dense", "graded", "difference"):
+        table.add_column(column, justify="right" if column else "left")
+    for grade in grades:
+        dense = difference = ""
+        if grade.dense_mean is not None:
+            dense = f"{grade.dense_mean:.2f} ± {grade.dense_standard_error:.2f}"
+            difference = f"{grade.mean - grade.dense_mean:+.2f} ± {grade.difference_standard_error:.2f}"
+        table.add_row(grade.criterion, dense, f"{grade.mean:.2f} ± {grade.standard_error:.2f}", difference)
     return table
 
 

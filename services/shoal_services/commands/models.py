@@ -1,4 +1,4 @@
-"""`shoal profile`, `shoal compress`, `shoal evaluate` and `shoal probe`: one model, or several, on this machine."""
+"""`shoal profile`, `shoal compress` and `shoal evaluate`: one model, or several, on this machine."""
 
 from __future__ import annotations
 
@@ -203,40 +203,6 @@ def evaluate(
         print(json.dumps([json.loads(e.model_dump_json()) for e in evaluations], indent=2))
         return
     output.print(evaluation_table(model, evaluations))
-
-
-def probe(
-    models: Annotated[list[str], typer.Argument(help="Hub ids, folders, .gguf files, or aliases; shown side by side.")],
-    data: Annotated[Path, typer.Option(help="Labelled texts: .jsonl with the fields text and label.")],
-    window: Annotated[int, typer.Option(min=1, help="Tokens of each text at most.")] = 256,
-    folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation.")] = 5,
-    seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
-    dtype: Dtype = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure how well a linear probe reads a label off the embeddings after each block, of one model or of several.
-
-    Examples:
-
-        shoal probe smollm2-135m --data labelled.jsonl
-
-        shoal probe smollm2-135m smollm2-135m-linear-6 --data labelled.jsonl --json
-    """
-    from shoal.probe import load_labelled, probe_model
-
-    from shoal_services.terminal import output, probe_table, show_progress
-
-    labelled = load_labelled(data)
-    labelled.require(folds)
-    with show_progress() as listen:
-        probes = [
-            probe_model(model, labelled, window=window, num_folds=folds, seed=seed, dtype=dtype, listen=listen)
-            for model in models
-        ]
-    if as_json:
-        print(json.dumps([one.as_dict() for one in probes], indent=2))
-        return
-    output.print(probe_table(probes))
 
 
 def _evaluate_on_tasks(
