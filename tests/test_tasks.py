@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_task
 from shoal.models import load_model
 from shoal.tasks import (
     TaskResult,
@@ -19,29 +19,6 @@ from shoal.tasks import (
     measure_tasks,
     save_results,
 )
-
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-"""
-
-
-def write_task(folder: Path, name: str, *, num_examples: int = 24, data: str | None = None) -> Path:
-    """A task of two choices, and its data beside it."""
-    choices = [" red", " blue"]
-    rows = [{"question": f"Thing {i} is", "choices": choices, "label": i * 7 % 3 % 2} for i in range(num_examples)]
-    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data or f"{name}.jsonl"))
-    return folder / f"{name}.yaml"
 
 
 @pytest.fixture
