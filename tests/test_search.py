@@ -370,9 +370,12 @@ def test_a_grid_tries_every_combination_and_draws_its_curves(make_search, tmp_pa
     search.run()
     assert_whole(search, 2)
     assert sorted(result.assignment["num_replaced"] for result in search.folder.read_results()) == [1, 2]
-    for point in search.folder.find_points():
-        assert [(score.task, score.metric, score.num_examples) for score in point.tasks] == [("colours", "acc", 10)]
-        assert point.tasks[0].dense_score is not None
+    runs = search.runs()[1]
+    for result in search.folder.read_results():
+        (score,) = result.point.tasks
+        assert (score.task, score.metric, score.num_examples) == ("colours", "acc", 10)
+        assert score.dense_score is not None
+        assert runs[result.key].data.metrics["tasks/colours/acc"] == pytest.approx(score.score)
     header, dense, *rows = Page(search.folder.root / "curves.html").rows[:4]
     assert (header, dense[0], [row[0] for row in rows]) == (["changed blocks", "folding"], "0", ["1", "2"])
     assert "colours" in Page(search.folder.root / "curves.html").texts
