@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 
@@ -133,6 +134,30 @@ def write_prose(path: Path, *, num_sentences: int = 1500, seed: int = 0) -> Path
     lines = [" ".join("".join(map(chr, word)) for word in words) + ".\n" for words in draw]
     path.write_text("".join(lines))
     return path
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+
+
+def write_task(folder: Path, name: str, *, num_examples: int = 24, data: str | None = None) -> Path:
+    """A task file of two choices, as lm-eval reads them, and its data beside it."""
+    choices = [" red", " blue"]
+    rows = [{"question": f"Thing {i} is", "choices": choices, "label": i * 7 % 3 % 2} for i in range(num_examples)]
+    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data or f"{name}.jsonl"))
+    return folder / f"{name}.yaml"
 
 
 def moments_of(stream_lnd: torch.Tensor) -> Moments:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 import typer
-from conftest import write_prose
+from conftest import write_prose, write_task
 from shoal.recipe import Evaluation, Point
 from shoal_services.cli import app, main
 
@@ -258,6 +258,46 @@ def test_evaluating_on_what_was_trained_on_is_refused(shoal, prose, tmp_path):
     sizes = ["--window", "256", "--calibration-tokens", "4096", "--evaluation-tokens", "4096"]
     said = shoal("compress", "tiny-random", "-n", 1, "--text", prose[0], "--evaluation-text", shared, *sizes)
     assert_refused(said, "evaluation text 'shared.txt' overlaps 'a.txt'", "evaluate on other text")
+
+
+def test_tasks_print_json_and_nothing_else(shoal, tmp_path):
+    task = write_task(tmp_path, "colours")
+    said = shoal("evaluate", "tiny-random", "--dense", "tiny-random", "--tasks", task, "--limit", 5, "--json")
+    (score,) = json.loads(said.output)
+    assert (score["task"], score["metric"], score["num_examples"], score["difference"]) == ("colours", "acc", 5, 0)
+    assert_refused(shoal("evaluate", "tiny-random", "--tasks", "gone.yaml"), "task file 'gone.yaml' does not exist")
+
+
+def write_labelled(file: Path, labels: str) -> Path:
+    """Texts that begin with their label."""
+    rows = ({"text": f"{label} of number {number}", "label": label} for number, label in enumerate(labels))
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_probes_of_several_models_print_a_table_or_json(shoal, tmp_path):
+    data = write_labelled(tmp_path / "data.jsonl", "ab" * 12)
+    first, second = json.loads(shoal("probe", "tiny-random", "tiny-random", "--data", data, "--json").output)
+    assert first == second
+    assert [layer["num_passed"] for layer in first["layers"]] == list(range(7))
+    output = shoal("probe", "tiny-random", "--data", data).output
+    assert "Naming the largest class: 0.500" in " ".join(output.split())
+    assert f"{first['layers'][0]['accuracy']:.3f} ± " in output
+
+
+def test_labels_that_cannot_be_probed_are_refused(shoal, tmp_path):
+    one = write_labelled(tmp_path / "one.jsonl", "aaaaaaaa")
+    assert_refused(shoal("probe", "tiny-random", "--data", one), "'one.jsonl' has the one label 'a'")
+    few = write_labelled(tmp_path / "few.jsonl", "aaaaaaab")
+    assert_refused(shoal("probe", "tiny-random", "--data", few), "has 1 texts with label 'b': 5 folds need 5")
+    assert_refused(shoal("probe", "tiny-random", "--data", "gone.jsonl"), "No such file or directory: gone.jsonl")
+
+
+def test_a_judge_that_is_not_there_is_refused_and_the_stories_are_kept(shoal, tmp_path):
+    words = ["judge", "tiny-random", "--url", "http://127.0.0.1:9/v1", "--judge", "wise", "--samples", 1, "--max-tokens", 4]
+    assert_refused(shoal(*words), "the judge at http://127.0.0.1:9/v1 cannot be reached", "give the same command again")
+    kept = json.loads((tmp_path / "tiny-random-stories.json").read_text())
+    assert len(kept["stories"]) == 10
 
 
 def test_output_that_cannot_be_written_is_refused(shoal, prose, tmp_path):

@@ -20,7 +20,9 @@ import psutil
 import pytest
 import torch
 import yaml
+from conftest import write_task
 from mlflow.entities import Run
+from pages import Page
 from shoal.frontier import find_frontier, name_picks
 from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Point
@@ -359,14 +361,24 @@ def test_equal_recipes_are_made_once(make_search):
 
 
 @pytest.mark.slow
-def test_a_grid_tries_every_combination(make_search):
+def test_a_grid_tries_every_combination_and_draws_its_curves(make_search, tmp_path):
     search = make_search(
         space={"num_replaced": {"choice": [1, 2]}, "learning_rate": 0.001, "distillation_tokens": 0, "kind": "folded"},
         search={"algorithm": "grid", "start_with": []},
+        tasks={"names": [str(write_task(tmp_path, "colours"))], "limit": 10},
     )
     search.run()
     assert_whole(search, 2)
     assert sorted(result.assignment["num_replaced"] for result in search.folder.read_results()) == [1, 2]
+    runs = search.runs()[1]
+    for result in search.folder.read_results():
+        (score,) = result.point.tasks
+        assert (score.task, score.metric, score.num_examples) == ("colours", "acc", 10)
+        assert score.dense_score is not None
+        assert runs[result.key].data.metrics["tasks/colours/acc"] == pytest.approx(score.score)
+    header, dense, *rows = Page(search.folder.root / "curves.html").rows[:4]
+    assert (header, dense[0], [row[0] for row in rows]) == (["changed blocks", "folding"], "0", ["1", "2"])
+    assert "colours" in Page(search.folder.root / "curves.html").texts
 
 
 @pytest.mark.slow

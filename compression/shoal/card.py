@@ -24,14 +24,15 @@ tags: [shoal, depth-compression]
 
 | | dense | this model |
 |---|---|---|
-{chr(10).join(_evaluation_rows(point))}
+{chr(10).join([*_evaluation_rows(point), *_task_rows(point)])}
 | parameters | {point.dense_size.num_parameters:,} | {point.size.num_parameters:,} |
 | weights, bytes | {point.dense_size.num_bytes:,} | {point.size.num_bytes:,} |
 {chr(10).join(_bitmask_rows(point))}
 | KV cache, bytes per token | {point.dense_size.kv_bytes_per_token:,} | {point.size.kv_bytes_per_token:,} |
 {chr(10).join(_speed_rows(point))}
 
-± is one standard error over windows. Measured on {point.device} in {recipe.dtype}, seed {recipe.seed}.
+± is one standard error over windows (of tasks: over examples). Measured on {point.device} in {recipe.dtype},
+seed {recipe.seed}.
 
 ## Load
 
@@ -96,6 +97,17 @@ def _evaluation_rows(point: Point) -> list[str]:
         rows.append(f"| KL to dense, nats per token | 0 | {e.kl:.4f} ± {e.kl_standard_error:.4f} |")
         rows.append(f"| same top token as dense | 100 % | {e.top1_agreement:.1%} |")
     return rows
+
+
+def _task_rows(point: Point) -> list[str]:
+    def write(score: float | None, error: float | None) -> str:
+        return "" if score is None else f"{score:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+    return [
+        f"| {s.task}, {s.metric} ({s.num_examples:,} examples) | {write(s.dense_score, s.dense_standard_error)} "
+        f"| {write(s.score, s.standard_error)} |"
+        for s in point.tasks
+    ]
 
 
 def _ratio(log_ratio: float, error: float) -> str:

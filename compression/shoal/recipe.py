@@ -223,6 +223,28 @@ class Evaluation(Value):
     top1_agreement: float
 
 
+class TaskScore(Value):
+    """A model's score in a task, beside the dense model's on the same examples where one was measured.
+
+    Standard errors are None where the task's metric has none; that of `difference` (score − dense score) is of the
+    paired difference, None where the metric is no mean over examples.
+    """
+
+    task: str
+    metric: str
+    num_examples: int
+    score: float
+    standard_error: float | None = None
+    dense_score: float | None = None
+    dense_standard_error: float | None = None
+    difference_standard_error: float | None = None
+
+    @property
+    def difference(self) -> float | None:
+        """How far the score is from the dense model's."""
+        return None if self.dense_score is None else self.score - self.dense_score
+
+
 class Size(Value):
     """What a model takes: parameters, bytes on disk, KV-cache bytes per token.
 
@@ -249,6 +271,7 @@ class Point(Value):
 
     recipe: Recipe
     evaluations: tuple[Evaluation, ...]
+    tasks: tuple[TaskScore, ...] = ()
     size: Size
     dense_size: Size
     speed: Speed | None = None

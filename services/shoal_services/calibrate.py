@@ -46,6 +46,10 @@ def prepare_search(config: SearchConfig, folder: RunFolder, concurrent: int, lis
     total = sum(high - low for _, low, high in missing.values())
     _watch(jobs, [folder.prepared / f"progress-{name}.json" for name in missing], total, listen)
     _merge_shards(folder, shards)
+    if config.tasks is not None and not folder.dense_tasks.exists():
+        listen("dense model in tasks", 0, 1)
+        _get(work(_measure_dense_tasks).remote(payload, folder.root))
+        listen("dense model in tasks", 1, 1)
 
 
 def _list_pieces(corpus: Corpus, num_shards: int) -> dict[str, tuple[str, int, int]]:
@@ -106,6 +110,17 @@ def _measure_piece(payload: dict, root: Path, name: str, span: tuple[str, int, i
     else:
         wanted = config.space.temperatures if role == "distillation" else (1.0,)
         measure_targets(model, windows, temperatures=wanted, on_progress=listen).save(_piece_file(folder, name))
+
+
+def _measure_dense_tasks(payload: dict, root: Path) -> None:
+    from shoal.tasks import load_tasks, measure_tasks, save_results
+
+    config, folder = SearchConfig.model_validate(payload), RunFolder(root)
+    assert config.tasks is not None
+    tokenizer = load_tokenizer(str(folder.prepared / "tokenizer"))
+    tasks = load_tasks(config.tasks.names)
+    model = _load(config.model, config.revision, config.dtype)
+    save_results(folder.dense_tasks, measure_tasks(model, tokenizer, tasks, limit=config.tasks.limit))
 
 
 @functools.lru_cache(maxsize=1)

@@ -48,6 +48,19 @@ class Run(Value):
     address: str | None = None
 
 
+class Tasks(Value):
+    """lm-eval tasks, task files or folders of them, that every finished model is measured in."""
+
+    names: tuple[str, ...] = Field(min_length=1)
+    limit: int | None = Field(default=None, ge=2, description="examples of each task at most")
+
+    @field_validator("names")
+    @classmethod
+    def _absolute(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Workers may stand in another folder."""
+        return tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in names)
+
+
 class SearchConfig(Value):
     """One search: a file of `tune_configs/`."""
 
@@ -56,6 +69,7 @@ class SearchConfig(Value):
     revision: str | None = None
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     texts: Texts = Texts()
+    tasks: Tasks | None = None
     space: Space
     search: Search = Search()
     run: Run = Run()

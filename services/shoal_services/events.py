@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +126,8 @@ def point_metrics(point: Point) -> dict[str, float]:
         "num_bytes": float(point.size.num_bytes),
         "kv_bytes_per_token": float(point.size.kv_bytes_per_token),
     }
+    for score in point.tasks:
+        metrics[re.sub(r"[^\w\-./ :]", "_", f"tasks/{score.task}/{score.metric}")] = score.score  # as MLflow allows
     for name, value in point.seconds.items():
         metrics[f"seconds/{name}"] = value
     if point.speed and point.dense_speed:

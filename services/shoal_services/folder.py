@@ -6,6 +6,7 @@ fits/<key>.safetensors      fitted replacements, shared by trials that differ in
 trials/<key>/               result.json, model/ (while on the frontier), train/ (checkpoints, while running)
 mlflow.db  mlartifacts/     tracking, unless a server is named
 frontier.json  frontier.html  linearity.json  linearity.html
+curves.html                 of a grid: quality over the number of changed blocks
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class RunFolder:
     @property
     def prepared(self) -> Path:
         return self.root / "prepared"
+
+    @property
+    def dense_tasks(self) -> Path:
+        """What the dense model scored in the tasks."""
+        return self.prepared / "tasks.json"
 
     @property
     def fits(self) -> Path:

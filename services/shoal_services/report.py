@@ -14,7 +14,8 @@ from shoal.frontier import find_frontier, name_picks
 from shoal.recipe import KINDS, Point, Recipe
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
-COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00"), strict=True))
+PALETTE = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
+COLOURS = dict(zip(KINDS, PALETTE, strict=False))
 SYMBOLS = dict(zip(KINDS, ("circle", "diamond", "square", "x"), strict=True))
 # Open marks are sparse, marks with a dot have factored weights.
 WEIGHTS = {(): "", ("SVD",): "-dot", ("sparse",): "-open", ("SVD", "sparse"): "-open-dot"}
@@ -38,13 +39,10 @@ def write_frontier_page(path: Path, name: str, points: Sequence[Point]) -> None:
     if not points:
         sections.append("<p>No trial has finished yet.</p>")
     else:
-        first = points[0].evaluations[0]
         note = (
-            f"Perplexity on {html.escape(first.text.name)}, {first.text.num_tokens:,} tokens (sha256 "
-            f"{(first.text.sha256 or '')[:8]}), {points[0].recipe.dtype} on {points[0].device}. Bars are one standard "
-            "error over windows. Errors of compressed and dense model go together: the ratio in the table is far surer "
-            "than the two bars suggest. Up and to the right is worse. Zeros of sparse weights are no parameters, but are "
-            "among the MB, which are those of the weights as saved."
+            f"{describe_measurement(points[0])} Errors of compressed and dense model go together: the ratio in the table "
+            "is far surer than the two bars suggest. Up and to the right is worse. Zeros of sparse weights are no "
+            "parameters, but are among the MB, which are those of the weights as saved."
         )
         sections += [
             draw(frontier_figure(points, frontier)),
@@ -52,6 +50,15 @@ def write_frontier_page(path: Path, name: str, points: Sequence[Point]) -> None:
             _frontier_table(points, frontier),
         ]
     write_text(path, make_page(f"{name}: frontier", sections))
+
+
+def describe_measurement(point: Point) -> str:
+    """What a point's perplexity was measured on, as HTML."""
+    text = point.evaluations[0].text
+    return (
+        f"Perplexity on {html.escape(text.name)}, {text.num_tokens:,} tokens (sha256 {(text.sha256 or '')[:8]}), "
+        f"{point.recipe.dtype} on {point.device}. Bars are one standard error over windows."
+    )
 
 
 def frontier_figure(points: Sequence[Point], frontier: Sequence[Point]) -> go.Figure:

@@ -20,6 +20,7 @@ from shoal.recipe import Point
 from shoal_services.calibrate import prepare_search
 from shoal_services.cluster import check_cluster, connect
 from shoal_services.config import SearchConfig
+from shoal_services.curves_page import write_curves_page
 from shoal_services.events import SearchEvents, search_key
 from shoal_services.folder import RunFolder, TrialResult
 from shoal_services.linearity_page import write_linearity_page
@@ -94,7 +95,10 @@ def _after_trial(config: SearchConfig, folder: RunFolder, result: TrialResult, a
 
 
 def write_frontier(config: SearchConfig, folder: RunFolder) -> list[Point]:
-    """The frontier of the finished trials, written as JSON and as a page; dominated weights are deleted if so wished."""
+    """The frontier of the finished trials, written as JSON and as a page, and of a grid also the curves.
+
+    Dominated weights are deleted if so wished.
+    """
     if config.run.keep_models == "frontier":
         folder.drop_dominated_models()
     points = folder.find_points()
@@ -103,14 +107,17 @@ def write_frontier(config: SearchConfig, folder: RunFolder) -> list[Point]:
     payload = {"picks": picks, "frontier": [json.loads(point.model_dump_json()) for point in frontier]}
     write_text(folder.root / "frontier.json", json.dumps(payload, indent=2))
     write_frontier_page(folder.root / "frontier.html", config.name, points)
+    if config.search.algorithm == "grid":
+        write_curves_page(folder.root / "curves.html", config.name, points)
     return frontier
 
 
 def _publish(config: SearchConfig, folder: RunFolder, frontier: list[Point], tracker: Tracker) -> None:
     """The search's own run, and the frontier's models in the registry."""
     parent = search_key(config)
-    for name in ("config.json", "frontier.json", "frontier.html", "linearity.json", "linearity.html"):
-        tracker.log_artifact(parent, folder.root / name)
+    names = ("config.json", "frontier.json", "frontier.html", "curves.html", "linearity.json", "linearity.html")
+    for file in filter(Path.exists, (folder.root / name for name in names)):
+        tracker.log_artifact(parent, file)
     tracker.log_table(parent, frontier_columns(frontier), "frontier-table.json")
     tracker.log_metrics(parent, {"num_trials": len(folder.read_results()), "num_frontier": len(frontier)})
     model_name = f"shoal-{Path(config.model).name}"

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -23,10 +24,15 @@ from rich.table import Table
 from shoal.frontier import name_picks
 from shoal.linearity import RANKING_REASON, BlockLinearity
 from shoal.profile import Profile
-from shoal.recipe import Evaluation, Point, Recipe
+from shoal.recipe import Evaluation, Point, Recipe, TaskScore
 
 from shoal_services.doctor import Check
 from shoal_services.folder import TrialResult, read_progress
+
+if TYPE_CHECKING:
+    from shoal.probe import Probe
+
+    from shoal_services.judge import CriterionGrade
 
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
@@ -254,6 +260,57 @@ def evaluation_table(name: str, evaluations: Sequence[Evaluation]) -> Table:
             f"{e.perplexity:.2f} ± {e.standard_error:.2f}", f"{ratio:.3f} ± {ratio * e.log_ratio_standard_error:.3f}",
             f"{e.kl:.4f} ± {e.kl_standard_error:.4f}", f"{e.top1_agreement:.1%}",
         )  # fmt: skip
+    return table
+
+
+def task_table(name: str, scores: Sequence[TaskScore]) -> Table:
+    """A model's scores in tasks beside the dense model's."""
+    caption = "± one standard error over examples (of the difference: paired)."
+    table = Table(title=name, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("task", "metric", "examples", "dense", "score", "difference"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right", overflow="fold")
+
+    def write(value: float | None, error: float | None, form: str = ".3f") -> str:
+        return "" if value is None else f"{value:{form}}" + ("" if error is None else f" ± {error:.3f}")
+
+    for score in scores:
+        table.add_row(
+            score.task, score.metric, f"{score.num_examples:,}", write(score.dense_score, score.dense_standard_error),
+            write(score.score, score.standard_error), write(score.difference, score.difference_standard_error, "+.3f"),
+        )  # fmt: skip
+    return table
+
+
+def probe_table(probes: Sequence[Probe]) -> Table:
+    """The accuracy of the probes after each block of the dense model, a column for each model."""
+    first = probes[0]
+    caption = (
+        f"Accuracy on {first.text}, {first.num_examples:,} texts of {first.num_classes} classes, cross-validated over "
+        f"{first.num_folds} folds, ± one standard error over texts. Naming the largest class: {first.majority:.3f}."
+    )
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("blocks passed", justify="right")
+    for probe in probes:
+        table.add_column(probe.model, justify="right", overflow="fold")
+    for passed in sorted({layer.num_passed for probe in probes for layer in probe.layers}):
+        found = [next((layer for layer in probe.layers if layer.num_passed == passed), None) for probe in probes]
+        cells = (f"{layer.accuracy:.3f} ± {layer.standard_error:.3f}" if layer else "" for layer in found)
+        table.add_row(str(passed), *cells)
+    return table
+
+
+def grade_table(name: str, judge: str, grades: Sequence[CriterionGrade]) -> Table:
+    """A judge's grades of a model's stories beside those of the dense model's."""
+    caption = f"Grades from 1 to 10 by {judge}, {grades[0].num_stories} stories, ± one standard error over beginnings."
+    table = Table(title=name, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "dense", "graded", "difference"):
+        table.add_column(column, justify="right" if column else "left")
+    for grade in grades:
+        dense = difference = ""
+        if grade.dense_mean is not None:
+            dense = f"{grade.dense_mean:.2f} ± {grade.dense_standard_error:.2f}"
+            difference = f"{grade.mean - grade.dense_mean:+.2f} ± {grade.difference_standard_error:.2f}"
+        table.add_row(grade.criterion, dense, f"{grade.mean:.2f} ± {grade.standard_error:.2f}", difference)
     return table
 
 

@@ -22,7 +22,7 @@ from shoal.distill import DistillationRun
 from shoal.evaluate import Collapsed, measure_size, measure_speeds, score_windows
 from shoal.models import load_model, load_tokenizer
 from shoal.prepare import Listener, Preparation, ignore
-from shoal.recipe import Recipe, fingerprint
+from shoal.recipe import Recipe, TaskScore, fingerprint
 from shoal.replace import Replacement, apply_replacement
 from shoal.store import save, save_point
 from transformers import PreTrainedModel
@@ -88,18 +88,30 @@ class Trial:
             evaluations = evaluate_all(student, corpus, preparation, listen=self.listen)
             self._require_alive(evaluations[0].perplexity, evaluations[0].dense_perplexity)
             speeds = measure_speeds([model, student])
+            tasks = self._measure_tasks(student)
         artefact = self.folder.trial(self.key) / "model"
         if not artefact.exists():  # it is there if the workers died between here and the result
             with self.watch.time("store"):
                 save(student, load_tokenizer(str(self.folder.prepared / "tokenizer")), artefact, recipe=recipe)
         point = make_point(recipe, evaluations, (measure_size(model), size), (speeds[0], speeds[1]), self.watch, student)
-        point = save_point(artefact, point)
+        point = save_point(artefact, point.model_copy(update={"tasks": tasks}))
         self.folder.write_result(
             TrialResult(
                 key=self.key, assignment=self.assignment, status="finished", point=point,
                 held_out_perplexity=self.held_out_perplexity,
             )
         )  # fmt: skip
+
+    def _measure_tasks(self, student: PreTrainedModel) -> tuple[TaskScore, ...]:
+        """The student in the search's tasks, if it has any, beside the dense model."""
+        if self.config.tasks is None:
+            return ()
+        from shoal.tasks import compare_results, load_results, load_tasks, measure_tasks
+
+        self.listen("tasks", 0, 1)
+        tokenizer = load_tokenizer(str(self.folder.prepared / "tokenizer"))
+        results = measure_tasks(student, tokenizer, load_tasks(self.config.tasks.names), limit=self.config.tasks.limit)
+        return compare_results(results, load_results(self.folder.dense_tasks))
 
     def _fit_once(
         self, recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation

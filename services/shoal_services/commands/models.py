@@ -183,17 +183,30 @@ def evaluate(
     evaluation_text: EvaluationText = ["wikipedia-sample"],  # noqa: B006
     evaluation_tokens: EvaluationTokens = 16_384,
     window: Window = 1024,
+    tasks: Annotated[
+        list[str], typer.Option(help="Instead of texts: lm-eval tasks, task files or folders of them, with commas.")
+    ] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(min=2, help="Examples of each task at most.")] = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a compressed model beside its dense model on the same tokens.
+    """Evaluate a compressed model beside its dense model: on the same tokens, or in tasks on the same examples.
+
+    In tasks a model without a dense one is evaluated alone.
 
     Examples:
 
         shoal evaluate smollm2-135m-linear-6
 
         shoal evaluate ./my-model --dense ./my-dense --evaluation-text held-out.txt --json
+
+        shoal evaluate smollm2-135m-linear-6 --tasks arc_easy,super-glue-lm-eval-v1 --limit 500
+
+        shoal evaluate smollm2-135m-linear-6 --tasks ./my-task.yaml
     """
+    if tasks:
+        _evaluate_on_tasks(model, dense, [name for names in tasks for name in names.split(",")], limit, dtype, as_json)
+        return
     from shoal.profile import evaluate_beside
 
     from shoal_services.terminal import evaluation_table, output, show_progress
@@ -205,6 +218,20 @@ def evaluate(
         print(json.dumps([json.loads(e.model_dump_json()) for e in evaluations], indent=2))
         return
     output.print(evaluation_table(model, evaluations))
+
+
+def _evaluate_on_tasks(
+    model: str, dense: str | None, names: list[str], limit: int | None, dtype: str | None, as_json: bool
+) -> None:
+    from shoal.tasks import evaluate_on_tasks
+
+    from shoal_services.terminal import output, task_table
+
+    scores = evaluate_on_tasks(model, dense, names, limit=limit, dtype=dtype)
+    if as_json:
+        print(json.dumps([score.model_dump() | {"difference": score.difference} for score in scores], indent=2))
+        return
+    output.print(task_table(model, scores))
 
 
 def _parse_blocks(blocks: str | None) -> tuple[int, ...] | None:

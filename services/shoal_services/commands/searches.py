@@ -29,6 +29,8 @@ def search(
 
         shoal search tune_configs/demo.yaml
 
+        shoal search tune_configs/curves-smollm2-135m.yaml   # a grid: also writes curves.html
+
         shoal search my.yaml --address ray://head:10001 --storage /mnt/shared --tracking-uri http://mlflow:5000
     """
     from shoal_services.config import load_config
@@ -67,6 +69,8 @@ def _print_outcome(name: str, outcome, as_json: bool) -> None:
         )
     folder = outcome.folder
     console.print(f"frontier: {folder / 'frontier.html'}   linearity: {folder / 'linearity.html'}")
+    if (folder / "curves.html").exists():
+        console.print(f"curves:   {folder / 'curves.html'}")
     console.print(f"compare:  shoal frontier {_short(folder)} --prompt 'The sea is'")
     console.print(f"runs:     mlflow ui --backend-store-uri {outcome.tracking_uri}")
 

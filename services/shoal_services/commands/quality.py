@@ -1,0 +1,92 @@
+"""`shoal probe` and `shoal judge`: what a model knows, and what its stories are worth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal_services.commands.options import AsJson, Dtype
+
+
+def probe(
+    models: Annotated[list[str], typer.Argument(help="Hub ids, folders, .gguf files, or aliases; shown side by side.")],
+    data: Annotated[Path, typer.Option(help="Labelled texts: .jsonl with the fields text and label.")],
+    window: Annotated[int, typer.Option(min=1, help="Tokens of each text at most.")] = 256,
+    folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well a linear probe reads a label off the embeddings after each block, of one model or of several.
+
+    Examples:
+
+        shoal probe smollm2-135m --data labelled.jsonl
+
+        shoal probe smollm2-135m smollm2-135m-linear-6 --data labelled.jsonl --json
+    """
+    from shoal.probe import load_labelled, probe_model
+
+    from shoal_services.terminal import output, probe_table, show_progress
+
+    labelled = load_labelled(data)
+    labelled.require(folds)
+    with show_progress() as listen:
+        probes = [
+            probe_model(model, labelled, window=window, num_folds=folds, seed=seed, dtype=dtype, listen=listen)
+            for model in models
+        ]
+    if as_json:
+        print(json.dumps([one.as_dict() for one in probes], indent=2))
+        return
+    output.print(probe_table(probes))
+
+
+def judge(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or alias.")],
+    url: Annotated[str, typer.Option(help="Base URL of an OpenAI-compatible endpoint: https://…/v1.")],
+    judge: Annotated[str, typer.Option(help="The model there that grades.")],
+    dense: Annotated[str | None, typer.Option(help="The dense model; by default that of the folder's recipe.")] = None,
+    beginnings: Annotated[
+        Path | None, typer.Option(help="Beginnings of stories, a line each; by default ten that come with Shoal.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Stories for each beginning.")] = 3,
+    num_new: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of each story.")] = 200,
+    temperature: Annotated[float, typer.Option(help="Temperature of the stories.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the stories.")] = 0,
+    dtype: Dtype = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File of the stories; by default MODEL-stories.json.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(envvar="SHOAL_API_KEY", help="API key of the endpoint.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a judge grade the grammar, creativity, consistency and plot of a model's stories, beside the dense model's.
+
+    The protocol of TinyStories (arXiv 2305.07759). Stories and grades are kept: the same command goes on where it
+    stopped.
+
+    Examples:
+
+        shoal judge smollm2-135m-linear-6 --url https://api.openai.com/v1 --judge gpt-4o
+
+        shoal judge ./my-model --dense ./my-dense --url http://127.0.0.1:8000/v1 --judge large --beginnings begin.txt
+    """
+    from shoal_services.judge import Judge, Writing, read_beginnings, run_judge
+    from shoal_services.terminal import console, grade_table, output, show_progress
+
+    writing = Writing(
+        model=model, dense=dense, beginnings=read_beginnings(beginnings), num_samples=samples, num_new=num_new,
+        temperature=temperature, seed=seed, dtype=dtype,
+    )  # fmt: skip
+    file = out or Path(f"{Path(model).name}-stories.json")
+    with show_progress() as listen:
+        grades = run_judge(writing, Judge(url=url, model=judge, key=key), file, listen)
+    if as_json:
+        print(json.dumps([grade.model_dump() for grade in grades], indent=2))
+        return
+    output.print(grade_table(model, judge, grades))
+    console.print(f"stories: {file}")
