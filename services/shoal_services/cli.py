@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoal_services.commands import machine, models, searches, serving
+from shoal_services.commands import machine, models, pretraining, searches, serving
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False,
@@ -25,8 +25,8 @@ def common(
 
 
 for command in (
-    models.profile, models.compress, searches.search, searches.frontier, models.evaluate, machine.doctor,
-    serving.serve, serving.bench_serve,
+    models.profile, models.compress, searches.search, searches.frontier, models.evaluate, pretraining.pretrain,
+    machine.doctor, serving.serve, serving.bench_serve,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(serving.keys, name="keys")
