@@ -13,7 +13,8 @@ from shoal.recipe import Recipe
 from shoal_services.config import SearchConfig, load_config
 from shoal_services.space import Choice, Range, parse_kind, read_assignment
 
-CONFIGS = sorted((Path(__file__).parents[1] / "tune_configs").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[1] / "tune_configs").glob("*.yaml"))
+CONFIGS = [file for file in FILES if not file.stem.startswith("pretrain-")]
 AXES = {
     "num_replaced": {"randint": [1, 3]},
     "kind": {"choice": ["linear", "low_rank(8)", "dropped"]},

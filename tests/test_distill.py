@@ -202,10 +202,8 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing(teacher):
 
 
 def test_every_window_is_seen_once_an_epoch(teacher):
-    run = make_run(teacher, windows_per_step=3)
-    seen = []
-    for run.step in range(16):
-        seen += run._rows_of_step().tolist()
+    descent = make_run(teacher, windows_per_step=3).descent
+    seen = [row for step in range(16) for row in descent.rows_of_step(step).tolist()]
     assert [sorted(seen[i : i + 16]) for i in (0, 16, 32)] == [list(range(16))] * 3
     assert seen[:16] != seen[16:32]
 
@@ -245,7 +243,8 @@ def test_the_seed_is_all_the_randomness_there_is(teacher):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(p, q) for p, q in zip(first.trained, same.trained, strict=True))
     assert not all(torch.equal(p, q) for p, q in zip(first.trained, other.trained, strict=True))
-    assert first._rows_of_step().tolist() == same._rows_of_step().tolist() != other._rows_of_step().tolist()
+    order, as_before, another = (run.descent.rows_of_step(0).tolist() for run in (first, same, other))
+    assert order == as_before != another
 
 
 @pytest.mark.parametrize("trained", ["maps", "lora", "all"])

@@ -25,7 +25,7 @@ def make_config(storage: Path, **changes) -> SearchConfig:
 def folder(tmp_path: Path) -> RunFolder:
     config = make_config(tmp_path)
     folder = RunFolder(config.folder)
-    folder.claim(config)
+    folder.claim_search(config)
     return folder
 
 
@@ -53,7 +53,7 @@ def test_another_search_of_the_name_is_refused(folder, tmp_path, changes, named)
     with pytest.raises(
         ValueError, match=f"holds another search named 'mine': {named} differ; choose another name, or delete the folder"
     ):
-        folder.claim(make_config(tmp_path, **changes))
+        folder.claim_search(make_config(tmp_path, **changes))
     assert (folder.root / "config.json").read_text() == before
 
 
@@ -61,22 +61,22 @@ def test_another_search_of_the_name_is_refused(folder, tmp_path, changes, named)
 def test_the_same_search_goes_on(folder, tmp_path, changes):
     result = finish(folder, "aaa", 100, 10.0)
     config = make_config(tmp_path, **changes)
-    folder.claim(config)
-    folder.claim(config)
+    folder.claim_search(config)
+    folder.claim_search(config)
     assert folder.read_results() == [result]
 
 
 def test_a_damaged_configuration_is_told_with_its_remedy(folder, tmp_path):
     (folder.root / "config.json").write_text('{"name": "mi')
     with pytest.raises(ValueError, match=r"config\.json' is damaged .*; delete it to go on"):
-        folder.claim(make_config(tmp_path))
+        folder.claim_search(make_config(tmp_path))
 
 
 def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
     config = make_config(tmp_path / "file")
     with pytest.raises(OSError, match="file"):
-        RunFolder(config.folder).claim(config)
+        RunFolder(config.folder).claim_search(config)
 
 
 def test_results_survive_their_file(folder):

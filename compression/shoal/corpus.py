@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from shoal.files import write_aside
 from shoal.recipe import Texts
-from shoal.text import TokenWindows, check_overlap, deal_documents, load_documents, make_windows
+from shoal.text import Documents, TokenWindows, check_overlap, deal_documents, load_documents, make_windows
 
 TRAINING_ROLES = ("calibration", "distillation", "selection")
 
@@ -33,25 +33,35 @@ class Corpus:
         """Writes all windows to one safetensors file, aside and renamed."""
         roles = {"calibration": self.calibration, "selection": self.selection, "distillation": self.distillation}
         roles |= {f"evaluation.{index}": windows for index, windows in enumerate(self.evaluation)}
-        given = {role: windows for role, windows in roles.items() if windows is not None}
-        names = {role: windows.name for role, windows in given.items()}
-        with write_aside(path) as aside:
-            save_file({role: windows.ids.contiguous() for role, windows in given.items()}, aside, names)
+        save_windows(path, {role: windows for role, windows in roles.items() if windows is not None})
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Raises ValueError if the file is not whole."""
-        try:
-            with safe_open(path, "pt") as file:
-                names = file.metadata()
-                roles = {role: TokenWindows(file.get_tensor(role), names[role]) for role in file.keys()}  # noqa: SIM118
-            num_evaluations = sum(role.startswith("evaluation.") for role in roles)
-            evaluation = [roles.pop(f"evaluation.{index}") for index in range(num_evaluations)]
-            return cls(evaluation=tuple(evaluation), **roles)
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"token windows {str(path)!r} are damaged ({error}); delete the file and start again"
-            ) from error
+        roles = load_windows(path, ("calibration", "selection"))
+        num_evaluations = sum(role.startswith("evaluation.") for role in roles)
+        evaluation = [roles.pop(f"evaluation.{index}") for index in range(num_evaluations)]
+        return cls(evaluation=tuple(evaluation), **roles)
+
+
+def save_windows(path: Path, roles: dict[str, TokenWindows]) -> None:
+    """Writes the windows of every role to one safetensors file, aside and renamed."""
+    names = {role: windows.name for role, windows in roles.items()}
+    with write_aside(path) as aside:
+        save_file({role: windows.ids.contiguous() for role, windows in roles.items()}, aside, names)
+
+
+def load_windows(path: Path, needed: Collection[str]) -> dict[str, TokenWindows]:
+    """The windows by role. Raises ValueError if the file is not whole or lacks a role that is needed."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.metadata()
+            roles = {role: TokenWindows(file.get_tensor(role), names[role]) for role in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"token windows {str(path)!r} are damaged ({error}); delete the file and start again") from error
+    if missing := sorted(set(needed) - set(roles)):
+        raise ValueError(f"token windows {str(path)!r} are damaged (no {missing}); delete the file and start again")
+    return roles
 
 
 def load_corpus(
@@ -78,12 +88,8 @@ def load_corpus(
     dealt = {source: deal_documents(documents[source], _roles_of(source, texts)) for source in documents}
 
     def gather(role: str, sources: tuple[str, ...], window: int, num_tokens: int) -> TokenWindows:
-        per_source = max(window, num_tokens // len(sources))
-        parts = [
-            make_windows(dealt[s][role], tokenizer, name=documents[s].name, window=window, num_tokens=per_source)
-            for s in sources
-        ]
-        return _interleave(parts)
+        given = [Documents(documents[source].name, dealt[source][role]) for source in sources]
+        return gather_windows(given, tokenizer, window=window, num_tokens=num_tokens)
 
     distillation = None
     if distillation_tokens:
@@ -97,6 +103,19 @@ def load_corpus(
     seen = [corpus.calibration, corpus.selection, *([distillation] if distillation else [])]
     check_overlap(seen, list(corpus.evaluation))
     return corpus
+
+
+def gather_windows(
+    sources: Sequence[Documents], tokenizer: PreTrainedTokenizerBase, *, window: int, num_tokens: int | None
+) -> TokenWindows:
+    """Windows of several sources in turn, an equal number of tokens of each; all of them if None.
+
+    Raises ValueError for a source that does not fill a window.
+    """
+    per_source = None if num_tokens is None else max(window, num_tokens // len(sources))
+    return _interleave(
+        [make_windows(one.texts, tokenizer, name=one.name, window=window, num_tokens=per_source) for one in sources]
+    )
 
 
 def load_evaluation(

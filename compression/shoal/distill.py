@@ -4,8 +4,7 @@
     for metrics in run: ...        # one dict per optimiser step
     student = run.finish()         # LoRA merged, best weights
 
-Where a process group exists (`torch.distributed`), each rank takes its share of every step's windows and gradients
-are summed: the world size changes the speed and not the result.
+Its steps are `shoal.descent`'s: several ranks learn what one does.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.blocks import find_blocks, text_config, watch_boundaries
-from shoal.evaluate import Collapsed, score_windows
+from shoal.descent import Descent, Diverged
+from shoal.evaluate import score_windows
 from shoal.losses import TopTokens, find_divergence, find_normalizer, mix_losses, pick_log_probs
 from shoal.recipe import Distillation
 from shoal.teacher import TeacherTargets, measure_targets
@@ -32,10 +31,6 @@ NUM_CHECKS = 8
 # A check costs about as much as half a step.
 MIN_STEPS_PER_CHECK = 4
 NUM_TOP = 64
-
-
-class Diverged(Collapsed):
-    """The distillation loss is not finite; the student holds the last weights that were checked and good."""
 
 
 @dataclass(frozen=True)
@@ -81,23 +76,23 @@ class DistillationRun:
             torch.manual_seed(seed)  # LoRA begins at random
             self.student = select_trained(student, settings, keep_zeros=keep_zeros)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
-        # A parameter of its own group for maps and biases would not help: no weight decay by default.
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=self.trained[0].is_cuda
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._scale_learning_rate)
-        self.step = 0
+        self.descent = Descent(self.trained, settings, num_windows=len(lesson.windows), seed=seed)
         self.best_kl, self.checks_since_best = math.inf, 0
-        self.best_weights = self._copy_weights()
+        self.best_weights = self.descent.copy_weights()
+
+    @property
+    def step(self) -> int:
+        """Steps taken so far."""
+        return self.descent.step
 
     def __iter__(self) -> Iterator[dict[str, float]]:
         self.student.train()
         check_every = max(MIN_STEPS_PER_CHECK, self.settings.num_steps // NUM_CHECKS)
         if self.step == 0 and self.lesson.held_out is not None:
             yield {"step": 0, "num_tokens": 0, **self._check()}
-        while self.step < self.settings.num_steps:
+        while not self.descent.is_done:
             metrics = self._take_step()
-            if self.lesson.held_out is not None and (self.step % check_every == 0 or self.step == self.settings.num_steps):
+            if self.lesson.held_out is not None and (self.step % check_every == 0 or self.descent.is_done):
                 metrics |= self._check()
             yield metrics
             if self.settings.patience and self.checks_since_best >= self.settings.patience:
@@ -106,7 +101,7 @@ class DistillationRun:
     def finish(self) -> PreTrainedModel:
         """The student with its best checked weights, LoRA merged, in evaluation mode and its first dtype."""
         if self.lesson.held_out is not None:
-            self._restore_weights()
+            self.descent.set_weights(self.best_weights)
         merged = merge_trained(self.student)
         for parameter in merged.parameters():
             parameter.requires_grad_(False)
@@ -115,64 +110,24 @@ class DistillationRun:
 
     def state_dict(self) -> dict:
         """Everything that a later run needs to go on from here."""
-        return {
-            "step": self.step,
-            "weights": self._copy_weights(),
-            "best_weights": self.best_weights,
-            "best_kl": self.best_kl,
-            "checks_since_best": self.checks_since_best,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
+        best = {"best_weights": self.best_weights, "best_kl": self.best_kl, "checks_since_best": self.checks_since_best}
+        return self.descent.state_dict() | best
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from `state_dict()` of a run with the same settings."""
-        self.step, self.best_kl, self.checks_since_best = state["step"], state["best_kl"], state["checks_since_best"]
+        self.best_kl, self.checks_since_best = state["best_kl"], state["checks_since_best"]
         self.best_weights = state["best_weights"]
-        self._set_weights(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        self.descent.load_state_dict(state)
 
     def _take_step(self) -> dict[str, float]:
-        settings = self.settings
-        rows = self._rows_of_step()
-        total = torch.zeros((), dtype=torch.float64, device=self.student.device)
-        for chunk in rows.split(settings.windows_per_pass) if len(rows) else ():  # more ranks than windows
-            loss = self._find_loss(chunk) * (len(chunk) / settings.windows_per_step)
-            loss.backward()
-            total += loss.detach()
-        self._sum_over_ranks(total)
-        if not math.isfinite(float(total)):
-            self._restore_weights()
-            raise Diverged(
-                f"the distillation loss became {float(total)} at step {self.step + 1} of {settings.num_steps} with "
-                f"learning_rate={settings.learning_rate:g}; the last good weights are kept: use a lower learning rate"
-            )
-        norm = nn.utils.clip_grad_norm_(self.trained, settings.max_gradient_norm)
-        learning_rate = float(self.schedule.get_last_lr()[0])
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return {
-            "step": self.step,
-            "num_tokens": self.step * settings.windows_per_step * settings.window,
-            "loss": float(total),
-            "learning_rate": learning_rate,
-            "gradient_norm": float(norm),
-        }
+        try:
+            losses, metrics = self.descent.take_step(self._find_losses)
+        except Diverged:
+            self.descent.set_weights(self.best_weights)
+            raise
+        return {"step": metrics["step"], "num_tokens": metrics["num_tokens"], "loss": float(losses.sum()), **metrics}
 
-    def _rows_of_step(self) -> Tensor:
-        """This rank's windows of the step: every epoch is a new order of all windows, the same on each rank."""
-        count, per_step = len(self.lesson.windows), self.settings.windows_per_step
-        positions = torch.arange(self.step * per_step, (self.step + 1) * per_step)
-        orders: dict[int, Tensor] = {}
-        for epoch in (positions // count).unique().tolist():
-            orders[epoch] = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + epoch))
-        rows = torch.stack([orders[int(p) // count][int(p) % count] for p in positions])
-        return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
-
-    def _find_loss(self, rows: Tensor) -> Tensor:
+    def _find_losses(self, rows: Tensor) -> Tensor:
         ids = self.lesson.windows.ids[rows].to(self.student.device)
         weights = self.settings.loss
         entering: list[Tensor] = []
@@ -244,33 +199,7 @@ class DistillationRun:
         self.student.train()
         kl = float(scores.kl.mean())
         if math.isfinite(kl) and kl < self.best_kl:
-            self.best_kl, self.checks_since_best, self.best_weights = kl, 0, self._copy_weights()
+            self.best_kl, self.checks_since_best, self.best_weights = kl, 0, self.descent.copy_weights()
         else:
             self.checks_since_best += 1
         return {"held_out_kl": kl, "held_out_perplexity": math.exp(min(float(scores.nll.mean()), 700))}
-
-    def _copy_weights(self) -> list[Tensor]:
-        return [p.detach().to("cpu", copy=True) for p in self.trained]
-
-    def _restore_weights(self) -> None:
-        self._set_weights(self.best_weights)
-
-    @torch.no_grad()
-    def _set_weights(self, weights: list[Tensor]) -> None:
-        for parameter, weight in zip(self.trained, weights, strict=True):
-            parameter.copy_(weight)
-
-    def _sum_over_ranks(self, total: Tensor) -> None:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(total)
-            for parameter in self.trained:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
-
-    def _scale_learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine to zero."""
-        warmup = max(1, round(self.settings.num_steps * self.settings.warmup_fraction))
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.settings.num_steps - warmup)))

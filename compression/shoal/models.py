@@ -208,15 +208,14 @@ def _convert_smollm2(folder: Path) -> None:
 
 
 def _make_tiny_random(folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<|end|>", *alphabet])}
-    byte_level = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_level.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(folder)
+    from shoal.tokenizer import END, as_pretrained, byte_alphabet
+
+    vocabulary = {token: index for index, token in enumerate([END, *byte_alphabet()])}
+    as_pretrained(Tokenizer(BPE(vocab=vocabulary, merges=[]))).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=0, pad_token_id=0,

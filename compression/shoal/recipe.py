@@ -79,27 +79,32 @@ class LossWeights(Value):
         return bool(self.layer_mse or self.square_head or self.cosine)
 
 
-class Distillation(Value):
-    """How the replacements learn from the dense model."""
+class Steps(Value):
+    """How weights are trained: AdamW over token windows, a linear warm-up and a cosine to zero."""
 
     num_tokens: int = Field(default=131_072, ge=1)
     learning_rate: float = Field(default=5e-4, gt=0)
-    temperature: float = Field(default=1.0, gt=0)
-    loss: LossWeights = LossWeights()
-    trained: Trained = "lora"
-    lora_rank: int = Field(default=32, ge=1)
     window: int = Field(default=512, ge=8)
     windows_per_step: int = Field(default=4, ge=1)
     windows_per_pass: int = Field(default=4, ge=1)
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     max_gradient_norm: float = Field(default=1.0, gt=0)
-    patience: int | None = Field(default=None, ge=1, description="checks without improvement before an early stop")
 
     @property
     def num_steps(self) -> int:
         """Optimiser steps that use up `num_tokens`, at least one."""
         return max(1, self.num_tokens // (self.window * self.windows_per_step))
+
+
+class Distillation(Steps):
+    """How the replacements learn from the dense model."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    loss: LossWeights = LossWeights()
+    trained: Trained = "lora"
+    lora_rank: int = Field(default=32, ge=1)
+    patience: int | None = Field(default=None, ge=1, description="checks without improvement before an early stop")
 
 
 def read_sparsity(value: object) -> object:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TEXT_FIELDS = ("text", "content", "document", "story", "article")
 # Fractions of a source that several roles share. A role gets what it needs from its share, and no more.
-SHARES = {"calibration": 0.4, "distillation": 0.4, "selection": 0.08, "evaluation": 0.12}
+SHARES = {"pretraining": 0.8, "calibration": 0.4, "distillation": 0.4, "selection": 0.08, "evaluation": 0.12}
 # 48 tokens are about 200 characters: shorter runs recur in independent texts (quotations, boilerplate, tables).
 LEAK_NGRAM = 48
 # Of a larger data set the first ones are used: some hundred million tokens.

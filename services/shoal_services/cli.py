@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoal_services.commands import finetuning, machine, models, quality, searches, serving
+from shoal_services.commands import finetuning, machine, models, pretraining, quality, searches, serving
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False,
@@ -26,7 +26,7 @@ def common(
 
 for command in (
     models.profile, models.compress, searches.search, searches.frontier, models.evaluate, quality.probe, quality.judge,
-    finetuning.finetune,
+    finetuning.finetune, pretraining.pretrain,
     machine.doctor, serving.serve, serving.bench_serve,
 ):  # fmt: skip
     app.command()(command)

@@ -14,7 +14,7 @@ from pathlib import Path
 import ray
 from shoal.files import write_text
 
-from shoal_services.config import Run
+from shoal_services.config import Workers
 
 MIN_FREE_BYTES = 2 * 2**30
 CONNECT_TIMEOUT_S = 10
@@ -69,7 +69,7 @@ def _require_listener(address: str | None) -> None:
             ) from error
 
 
-def check_cluster(run: Run, storage: Path) -> int:
+def check_cluster(run: Workers, storage: Path) -> int:
     """How many trials fit at once.
 
     Raises ValueError for resources that the cluster does not have, storage that is not writable from every node or
@@ -83,7 +83,7 @@ def check_cluster(run: Run, storage: Path) -> int:
     return concurrent
 
 
-def count_concurrent_trials(run: Run) -> int:
+def count_concurrent_trials(run: Workers) -> int:
     """Trials that the cluster's CPUs and GPUs hold at once, at most `max_concurrent_trials`."""
     total = ray.cluster_resources()
     counts = []

@@ -30,11 +30,11 @@ class Search(Value):
     seed: int = 0
 
 
-class Run(Value):
-    """How it is run: none of this changes what comes out.
+class Workers(Value):
+    """Where it is run and with how much: none of this changes what comes out.
 
-    `max_concurrent_trials` is what the cluster's CPUs and GPUs hold, if not given. `keep_models` deletes the weights
-    of trials that are off the frontier, or keeps all. `storage` must be shared if the cluster has several nodes.
+    `max_concurrent_trials` is what the cluster's CPUs and GPUs hold, if not given. `storage` must be shared if the
+    cluster has several nodes.
     """
 
     num_workers: int = Field(default=1, ge=1, description="Ray Train workers per trial")
@@ -42,10 +42,19 @@ class Run(Value):
     gpus_per_worker: float = Field(default=0, ge=0)
     max_concurrent_trials: int | None = Field(default=None, ge=1)
     max_failures: int = Field(default=2, ge=0, description="restarts of a trial whose workers die")
-    keep_models: Literal["frontier", "all"] = "frontier"
     storage: Path = Path("shoal-runs")
     tracking_uri: str | None = None
     address: str | None = None
+
+    def given(self, **options: Any) -> Self:
+        """These, but with the options that are not None."""
+        return self.model_copy(update={name: value for name, value in options.items() if value is not None})
+
+
+class Run(Workers):
+    """How a search is run. `keep_models` deletes the weights of trials that are off the frontier, or keeps all."""
+
+    keep_models: Literal["frontier", "all"] = "frontier"
 
 
 class Tasks(Value):

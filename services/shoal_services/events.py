@@ -4,31 +4,55 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import ray.tune
 from shoal.recipe import Point, fingerprint
 
-from shoal_services.config import SearchConfig
-from shoal_services.folder import RunFolder, TrialResult
+from shoal_services.folder import TrialEnd, TrialFolder, TrialResult
 from shoal_services.space import read_assignment
 from shoal_services.tracking import Tracker
 
 RUN_STATUS = {"finished": "FINISHED", "collapsed": "FAILED", "failed": "FAILED", "stopped": "KILLED"}
 
 
-def search_key(config: SearchConfig) -> str:
+def search_key(config: Trials) -> str:
     """The parent run's key: the same whenever the same search is started."""
     return f"{config.name}-{fingerprint(str(config.folder))}"
 
 
-class SearchEvents(ray.tune.Callback):
-    """A Tune callback for one search."""
+class Trials(Protocol):
+    """What a configuration says of its trials."""
 
-    def __init__(self, config: SearchConfig, folder: RunFolder, tracker: Tracker, *, on_end: Callable[[TrialResult], None]):
+    name: str
+
+    @property
+    def folder(self) -> Path: ...
+
+    def trial_key(self, assignment: dict[str, Any]) -> str: ...
+
+
+E = TypeVar("E", bound=TrialEnd)
+
+
+class TrialEvents(ray.tune.Callback, Generic[E]):
+    """A Tune callback for one set of trials; what a trial is, its subclasses know."""
+
+    metrics: tuple[str, ...] = ()
+
+    def __init__(self, config: Trials, folder: TrialFolder[E], tracker: Tracker, *, on_end: Callable[[E], None]):
         self.config, self.folder, self.tracker, self.on_end = config, folder, tracker, on_end
         self.parent = search_key(config)
         self.interrupted = False
+
+    def name_trial(self, assignment: dict[str, Any]) -> str:
+        """What a trial's run is called."""
+        raise NotImplementedError
+
+    def record_result(self, run: str, result: E) -> None:
+        """Tells MLflow what is in a result."""
+        raise NotImplementedError
 
     def raise_if_interrupted(self) -> None:
         """Raises KeyboardInterrupt if the search was asked to stop."""
@@ -49,14 +73,13 @@ class SearchEvents(ray.tune.Callback):
         self._start(*self._identify(trial))
 
     def _start(self, key: str, assignment: dict[str, Any]) -> None:
-        self.tracker.start_run(self.run_key(key), name=_name_trial(assignment), parent=self.parent, params=assignment)
+        self.tracker.start_run(self.run_key(key), name=self.name_trial(assignment), parent=self.parent, params=assignment)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         if "step" not in result:
             return
         key, _ = self._identify(trial)
-        names = ("loss", "learning_rate", "gradient_norm", "held_out_kl", "held_out_perplexity", "num_parameters")
-        metrics = {name: float(result[name]) for name in names if name in result}
+        metrics = {name: float(result[name]) for name in self.metrics if name in result}
         # Tune nests names with a slash: {"system": {"…": 1}} and "system/…" both occur.
         system = {name: value for name, value in result.items() if name.startswith("system/")}
         system |= {f"system/{name}": value for name, value in (result.get("system") or {}).items()}
@@ -73,7 +96,8 @@ class SearchEvents(ray.tune.Callback):
         result = self.folder.read_result(key)
         if result is None:  # the driver died, not its model
             reason = f"the trial's driver died: {trial.error_file or 'no error file'}"
-            result = TrialResult(key=key, assignment=assignment, status="failed", reason=reason)
+            failed = self.folder.result_class(key=key, assignment=assignment, status="failed", reason=reason)
+            result = cast(E, failed)
             self.folder.write_result(result)
         self.record_end(result)
         self.on_end(result)
@@ -86,17 +110,13 @@ class SearchEvents(ray.tune.Callback):
                 self._start(result.key, result.assignment)
                 self.record_end(result)
 
-    def record_end(self, result: TrialResult) -> None:
-        """Tells MLflow a trial's result and its files, and ends the run."""
+    def record_end(self, result: E) -> None:
+        """Tells MLflow a trial's result, and ends the run."""
         run = self.run_key(result.key)
-        if result.point:
-            self.tracker.log_metrics(run, point_metrics(result.point), step=_last_step(result.point))
-            self.tracker.log_tags(run, {"artefact": result.point.artefact or "", "blocks": str(result.point.recipe.blocks)})
-        else:
-            self.tracker.log_tags(run, {"reason": result.reason or ""})
+        if result.reason:
+            self.tracker.log_tags(run, {"reason": result.reason})
+        self.record_result(run, result)
         self.tracker.log_artifact(run, self.folder.trial(result.key) / "result.json")
-        for name in ("recipe.json", "point.json", "README.md"):
-            self.tracker.log_artifact(run, self.folder.trial(result.key) / "model" / name)
         self.tracker.end_run(run, RUN_STATUS[result.status])
 
     def _identify(self, trial: Any) -> tuple[str, dict[str, Any]]:
@@ -104,13 +124,25 @@ class SearchEvents(ray.tune.Callback):
         return self.config.trial_key(assignment), assignment
 
 
+class SearchEvents(TrialEvents[TrialResult]):
+    """A Tune callback for one search."""
+
+    metrics = ("loss", "learning_rate", "gradient_norm", "held_out_kl", "held_out_perplexity", "num_parameters")
+
+    def name_trial(self, assignment: dict[str, Any]) -> str:
+        names = ("kind", "num_replaced", "weight_share", "sparsity")
+        return " ".join(str(assignment[name]) for name in names if assignment.get(name) is not None) or "trial"
+
+    def record_result(self, run: str, result: TrialResult) -> None:
+        if result.point:
+            self.tracker.log_metrics(run, point_metrics(result.point), step=_last_step(result.point))
+            self.tracker.log_tags(run, {"artefact": result.point.artefact or "", "blocks": str(result.point.recipe.blocks)})
+        for name in ("recipe.json", "point.json", "README.md"):
+            self.tracker.log_artifact(run, self.folder.trial(result.key) / "model" / name)
+
+
 def _last_step(point: Point) -> int:
     return point.recipe.distillation.num_steps if point.recipe.distillation else 0
-
-
-def _name_trial(assignment: dict[str, Any]) -> str:
-    names = ("kind", "num_replaced", "weight_share", "sparsity")
-    return " ".join(str(assignment[name]) for name in names if assignment.get(name) is not None) or "trial"
 
 
 def point_metrics(point: Point) -> dict[str, float]:

@@ -16,7 +16,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 from pydantic import ValidationError
 from shoal.files import write_text
@@ -28,45 +28,45 @@ from shoal_services.config import SearchConfig
 Status = Literal["finished", "collapsed", "stopped", "failed"]
 
 
-class TrialResult(Value):
-    """How a trial ended. `point` is there if it finished, `reason` if it did not."""
+class TrialEnd(Value):
+    """How a trial ended. `reason` is there if it did not finish."""
 
     key: str
     assignment: dict[str, Any]
     status: Status
     reason: str | None = None
+
+
+class TrialResult(TrialEnd):
+    """How a search's trial ended. `point` is there if it finished."""
+
     point: Point | None = None
     held_out_perplexity: float | None = None
 
 
+R = TypeVar("R", bound="TrialEnd")
+
+
 @dataclass(frozen=True)
-class RunFolder:
-    """Paths inside a search's folder."""
+class TrialFolder(Generic[R]):
+    """Paths inside the folder of a set of trials, and what is known of each: begun, or ended with a result `R`."""
 
     root: Path
+    result_class: ClassVar[type[TrialEnd]]
 
     @property
     def prepared(self) -> Path:
         return self.root / "prepared"
 
-    @property
-    def dense_tasks(self) -> Path:
-        """What the dense model scored in the tasks."""
-        return self.prepared / "tasks.json"
-
-    @property
-    def fits(self) -> Path:
-        return self.root / "fits"
-
     def trial(self, key: str) -> Path:
         return self.root / "trials" / key
 
-    def claim(self, config: SearchConfig) -> None:
-        """Makes the folder, or goes on in it.
+    def claim(self, name: str, science: dict[str, Any], *, extensible: str) -> None:
+        """Makes the folder, or goes on in it; the part `extensible` of the configuration may differ from before.
 
-        Raises ValueError if it holds another search of the same name, OSError if it cannot be written.
+        Raises ValueError if it holds something else of the same name, OSError if it cannot be written.
         """
-        for folder in (self.prepared, self.fits, self.root / "trials"):
+        for folder in (self.prepared, self.root / "trials"):
             folder.mkdir(parents=True, exist_ok=True)
         file = self.root / "config.json"
         if file.exists():
@@ -74,35 +74,33 @@ class RunFolder:
                 held = json.loads(file.read_text())
             except json.JSONDecodeError as error:
                 raise ValueError(f"{str(file)!r} is damaged ({error}); delete it to go on") from error
-            different = sorted(
-                key for key in {*held, *config.science} - {"search"} if held.get(key) != config.science.get(key)
-            )
+            different = sorted(key for key in {*held, *science} - {extensible} if held.get(key) != science.get(key))
             if different:
                 raise ValueError(
-                    f"{str(self.root)!r} holds another search named {config.name!r}: {', '.join(different)} differ; "
+                    f"{str(self.root)!r} holds another search named {name!r}: {', '.join(different)} differ; "
                     "choose another name, or delete the folder"
                 )
-        write_text(file, json.dumps(config.science, indent=2))
+        write_text(file, json.dumps(science, indent=2))
 
-    def read_result(self, key: str) -> TrialResult | None:
+    def read_result(self, key: str) -> R | None:
         """A trial's result, None if it has not ended. Raises ValueError if the file is damaged."""
         file = self.trial(key) / "result.json"
         if not file.exists():
             return None
         try:
-            return TrialResult.model_validate_json(file.read_text())
+            return cast(R, self.result_class.model_validate_json(file.read_text()))
         except ValidationError as error:
             complaint = f"{error.error_count()} errors, first {error.errors()[0]['msg']!r}"
             raise ValueError(
                 f"trial result {str(file)!r} is damaged ({complaint}); delete the trial's folder to run it again"
             ) from error
 
-    def write_result(self, result: TrialResult) -> None:
+    def write_result(self, result: R) -> None:
         """Ends a trial: this file is the last that is written."""
         self.trial(result.key).mkdir(parents=True, exist_ok=True)
         write_text(self.trial(result.key) / "result.json", result.model_dump_json(indent=2))
 
-    def read_results(self) -> list[TrialResult]:
+    def read_results(self) -> list[R]:
         """All trials that have ended, by key."""
         keys = sorted(path.parent.name for path in (self.root / "trials").glob("*/result.json"))
         return [result for key in keys if (result := self.read_result(key))]
@@ -116,6 +114,26 @@ class RunFolder:
         """Notes that a trial has begun, so that a later start of the search begins with it."""
         self.trial(key).mkdir(parents=True, exist_ok=True)
         write_text(self.trial(key) / "assignment.json", json.dumps(assignment))
+
+
+class RunFolder(TrialFolder[TrialResult]):
+    """The folder of one search."""
+
+    result_class = TrialResult
+
+    @property
+    def fits(self) -> Path:
+        return self.root / "fits"
+
+    @property
+    def dense_tasks(self) -> Path:
+        """What the dense model scored in the tasks."""
+        return self.prepared / "tasks.json"
+
+    def claim_search(self, config: SearchConfig) -> None:
+        """Makes the folder, or goes on in it; a search may ask for more trials than before. Raises as `claim` does."""
+        self.claim(config.name, config.science, extensible="search")
+        self.fits.mkdir(exist_ok=True)
 
     def find_points(self) -> list[Point]:
         """The points of all finished trials."""

@@ -60,7 +60,7 @@ def run_search(config: SearchConfig, audience: Audience, *, num_cpus: int | None
     audience("start Ray", 0, 1)
     connect(config.run.address, num_cpus=num_cpus)
     concurrent = check_cluster(config.run, folder.root)
-    folder.claim(config)
+    folder.claim_search(config)
     audience("start Ray", 1, 1)
     prepare_search(config, folder, concurrent, audience)
     scores = score_blocks(Moments.load(folder.prepared / "moments.safetensors"))

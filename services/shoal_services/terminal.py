@@ -23,11 +23,13 @@ from rich.progress import (
 from rich.table import Table
 from shoal.frontier import name_picks
 from shoal.linearity import RANKING_REASON, BlockLinearity
+from shoal.pretrain_recipe import Regularizer
 from shoal.profile import Profile
 from shoal.recipe import Evaluation, Point, Recipe, TaskScore
 
 from shoal_services.doctor import Check
 from shoal_services.folder import TrialResult, read_progress
+from shoal_services.pretraining.results import PretrainResult, compare, describe_texts, estimate, group_runs
 
 if TYPE_CHECKING:
     from shoal.probe import Probe
@@ -69,6 +71,18 @@ class ProgressDisplay:
             f"trial {result.key}: {recipe.changes}, {distilled}: "
             f"{point.num_parameters / 1e6:.1f} M, "
             f"perplexity {first.perplexity:.2f} ± {first.standard_error:.2f} (dense {first.dense_perplexity:.2f})"
+        )
+
+    def show_run(self, result: PretrainResult) -> None:
+        """One line for a pretraining run that has ended, above the bars."""
+        name = f"run {result.key}: {result.regularizer.label}, seed {result.assignment['seed']}"
+        if result.status != "finished":
+            self.progress.console.print(f"{name}: {result.status}: {result.reason}")
+            return
+        last = result.checks[-1]
+        self.progress.console.print(
+            f"{name}: perplexity {last['validation_perplexity']:.2f}, mean linearity {last['mean_held_out']:.4f}, "
+            f"without residual {last['mean_held_out_without_residual']:.4f} (held out)"
         )
 
     def note(self, stage: str, text: str) -> None:
@@ -322,4 +336,24 @@ def doctor_table(checks: Sequence[Check]) -> Table:
         table.add_row(
             mark, check.name, check.finding + (f"\n→ {check.remedy}" if check.remedy and not check.passed else "")
         )
+    return table
+
+
+def pretraining_table(name: str, results: Sequence[PretrainResult]) -> Table:
+    """The regularisers of a sweep: perplexity and mean linearity, and in brackets the difference to λ = 0."""
+    caption = (
+        f"Linearity: mean over the blocks, held out. ± one standard error over seeds; the second line is the difference to "
+        f"λ = 0, taken seed by seed. {describe_texts(results)}"
+    )
+    table = Table(title=name, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("regulariser", "seeds", "perplexity", "linearity", "without residual"):
+        table.add_column(column, justify="left" if column == "regulariser" else "right")
+    groups = group_runs(results)
+    for one, runs in groups.items():
+        cells = []
+        for field, digits in (("validation_perplexity", 2), ("mean_held_out", 4), ("mean_held_out_without_residual", 4)):
+            difference = compare(runs, groups.get(Regularizer(), []), field) if one.weight else None
+            second = f"\n{difference.text(digits, sign=True)}" if difference else ""
+            cells.append(estimate(runs, field).text(digits) + second)
+        table.add_row(one.label, str(len(runs)), *cells)
     return table

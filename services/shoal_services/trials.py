@@ -6,25 +6,13 @@ finished trials from there, begins again with those that were running, and lets 
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import signal
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import optuna
-import ray.train
 import ray.tune
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from ray.train.torch import TorchTrainer
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
@@ -32,15 +20,13 @@ from shoal_services.config import SearchConfig
 from shoal_services.events import SearchEvents
 from shoal_services.folder import RunFolder, TrialResult
 from shoal_services.space import Choice, Range, read_assignment
+from shoal_services.tuning import train_on_workers, tune_trials
 from shoal_services.worker import train_worker
 
 if TYPE_CHECKING:
     from shoal.prepare import Listener
 
 OBJECTIVES = {"held_out_perplexity": "min", "num_parameters": "min"}
-START_TIMEOUT_FAILURES = 3
-# Tune wants a driver to ask for something.
-DRIVER_MEMORY = 2**20
 
 
 class TrialEnded(RuntimeError):
@@ -54,7 +40,7 @@ def run_trials(
 
     Raises KeyboardInterrupt after a clean stop; the same call goes on.
     """
-    quieten()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     done = {result.key: result for result in folder.read_results()}
     assignments = _missing_assignments(config, folder, done)
     num_samples = len(assignments) if config.search.algorithm == "grid" else max(0, config.num_trials - len(done))
@@ -79,47 +65,14 @@ def _fit_tuner(
 ) -> None:  # fmt: skip
     job = {"config": config.model_dump(mode="json"), "root": str(folder.root)}
     searcher, space = _make_searcher(config, folder, assignments)
-    shutil.rmtree(folder.root / "tune", ignore_errors=True)  # of an earlier start: nothing there is needed
-    tuner = ray.tune.Tuner(
-        # A driver waits more than it works: all CPUs are for Train's workers, which would starve otherwise.
-        ray.tune.with_resources(ray.tune.with_parameters(run_trial, job=job), {"cpu": 0, "memory": DRIVER_MEMORY}),
-        param_space=space,
-        tune_config=ray.tune.TuneConfig(
-            num_samples=1 if searcher is None else num_samples,
-            max_concurrent_trials=concurrent,
-            search_alg=searcher,
-            scheduler=HopelessTrialStopper(config, folder),
-            reuse_actors=True,
-        ),
-        run_config=ray.tune.RunConfig(
-            name="tune", storage_path=str(folder.root), callbacks=[events], verbose=0,
-            failure_config=ray.tune.FailureConfig(max_failures=0),
-        ),
-    )  # fmt: skip
-    with interrupt_for_sure(events):
-        tuner.fit()
-
-
-@contextmanager
-def interrupt_for_sure(events: SearchEvents) -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, and again at Tune's next step if the first was lost.
-
-    Python drops an exception that is raised inside a callback of compiled code, and Ray's loop runs many of them.
-    """
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        events.interrupted = True
-        signal.default_int_handler(signum, frame)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
-        return
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-        events.raise_if_interrupted()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    tune_config = ray.tune.TuneConfig(
+        num_samples=1 if searcher is None else num_samples,
+        max_concurrent_trials=concurrent,
+        search_alg=searcher,
+        scheduler=HopelessTrialStopper(config, folder),
+        reuse_actors=True,
+    )
+    tune_trials(run_trial, job, space, events, tune_config)
 
 
 def _make_searcher(
@@ -173,30 +126,10 @@ def run_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
 
 
 def _make_model(search: SearchConfig, folder: RunFolder, key: str, assignment: dict[str, Any]) -> TrialResult:
-    run = search.run
-    resources = {"CPU": run.cpus_per_worker} | ({"GPU": run.gpus_per_worker} if run.gpus_per_worker else {})
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "config": search.model_dump(mode="json"), "root": str(folder.root), "key": key, "assignment": assignment
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=run.num_workers, use_gpu=run.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        run_config=ray.train.RunConfig(
-            name="train", storage_path=str(folder.trial(key)), callbacks=[TuneReportCallback()],  # type: ignore[list-item]
-            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]  # ray.train's v1 classes are declared
-                max_failures=run.max_failures, controller_failure_limit=START_TIMEOUT_FAILURES
-            ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-        ),
-    )  # fmt: skip
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        reason = " ".join(str(error).split())[-500:]
+    job = {"config": search.model_dump(mode="json"), "root": str(folder.root), "key": key, "assignment": assignment}
+    reason = train_on_workers(train_worker, job, search.run, folder.trial(key))
+    if reason is not None:
         folder.write_result(TrialResult(key=key, assignment=assignment, status="failed", reason=reason))
-    shutil.rmtree(folder.trial(key) / "train", ignore_errors=True)
     result = folder.read_result(key)
     assert result is not None
     return result
@@ -239,13 +172,3 @@ def find_better(results: list[TrialResult], report: dict[str, Any], ratio: float
         ):
             return result
     return None
-
-
-def quieten() -> None:
-    """Tune's and Optuna's own messages go to Ray's log files; the terminal is for progress."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(ray|optuna)\..*")
-    # Ctrl-C reaches us as KeyboardInterrupt: Tune's own handler would return as if the search had ended.
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints a table whatever `verbose` is

@@ -36,8 +36,7 @@ def search(
     from shoal_services.config import load_config
 
     loaded = load_config(config)
-    given = {"address": address, "storage": storage, "tracking_uri": tracking_uri}
-    run = loaded.run.model_copy(update={name: value for name, value in given.items() if value is not None})
+    run = loaded.run.given(address=address, storage=storage, tracking_uri=tracking_uri)
     loaded = loaded.model_copy(update={"run": run})
 
     from shoal_services.search import run_search

@@ -1,0 +1,71 @@
+"""`shoal pretrain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal_services.commands.options import AsJson
+
+
+def pretrain(
+    config: Annotated[Path, typer.Argument(help="A sweep: a YAML file as tune_configs/pretrain-tiny.yaml.")],
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use; by default a local one is started.")] = None,
+    storage: Annotated[Path | None, typer.Option(help="Folder for all sweeps, instead of run.storage.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server, instead of SQLite in the sweep's folder.")
+    ] = None,
+    num_cpus: Annotated[int | None, typer.Option(help="CPUs of the local cluster; by default all.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pretrain a model from nothing with the cosine or MSE regulariser, over several weights λ and seeds.
+
+    Interrupted at any time, the same command goes on where it stopped.
+
+    Examples:
+
+        shoal pretrain tune_configs/pretrain-tiny.yaml
+
+        shoal pretrain tune_configs/pretrain-mistral-150m.yaml --address ray://head:10001 --storage /mnt/shared
+    """
+    from shoal_services.pretraining.config import load_pretrain_config
+
+    loaded = load_pretrain_config(config)
+    run = loaded.run.given(address=address, storage=storage, tracking_uri=tracking_uri)
+    loaded = loaded.model_copy(update={"run": run})
+
+    from shoal_services.pretraining.sweep import run_pretraining
+    from shoal_services.terminal import console, show_progress, watch_trials
+
+    try:
+        with show_progress() as display, watch_trials(display, loaded.folder / "trials"):
+            outcome = run_pretraining(loaded, display, num_cpus=num_cpus)
+    except KeyboardInterrupt as interrupt:
+        console.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from interrupt
+    _print_outcome(loaded.name, outcome, as_json)
+
+
+def _print_outcome(name: str, outcome, as_json: bool) -> None:
+    from shoal_services.terminal import console, output, pretraining_table
+
+    finished = [result for result in outcome.results if result.status == "finished"]
+    if as_json:
+        print((outcome.folder / "pretraining.json").read_text())
+    elif finished:
+        output.print(pretraining_table(name, finished))
+    for result in outcome.results:
+        if result.status != "finished":
+            console.print(f"run {result.key} {result.status}: {result.reason}")
+    if outcome.num_unsent:
+        console.print(
+            f"{outcome.num_unsent} records wait for the tracker ({outcome.tracking_problem}); "
+            "give the same command again when it is up"
+        )
+    console.print(f"page:     {outcome.folder / 'pretraining.html'}")
+    console.print(f"runs:     mlflow ui --backend-store-uri {outcome.tracking_uri}")
+    if not finished:
+        raise typer.Exit(1)
+    console.print(f"look at:  shoal profile {finished[0].model}")
