@@ -18,6 +18,7 @@ Selection = Literal[
 Fit = Literal["in_order", "independent"]
 Trained = Literal["maps", "lora", "all"]
 
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 PACKAGED_TEXT = "wikipedia-sample"
 KINDS: tuple[Kind, ...] = ("linear", "low_rank", "folded", "dropped")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from shoal.recipe import PACKAGED_TEXT, Text
+from shoal.recipe import PACKAGED_TEXT, TEXT_SUFFIXES, Text
 
 TEXT_FIELDS = ("text", "content", "document", "story", "article")
 # Fractions of a source that several roles share. A role gets what it needs from its share, and no more.
@@ -72,7 +72,7 @@ def load_documents(source: str) -> Documents:
     """
     if source == PACKAGED_TEXT:
         documents = Documents(source, _read_wikipedia_sample())
-    elif Path(source).suffix in (".txt", ".jsonl", ".parquet"):
+    elif Path(source).suffix in TEXT_SUFFIXES:
         documents = _read_file(Path(source))
     else:
         documents = _read_hub(source)

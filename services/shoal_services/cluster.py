@@ -10,6 +10,7 @@ import socket
 import uuid
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import ray
 from shoal.files import write_text
@@ -18,6 +19,7 @@ from shoal_services.config import Run
 
 MIN_FREE_BYTES = 2 * 2**30
 CONNECT_TIMEOUT_S = 10
+LEAVE_IT_OUT = "check the address, or leave it out to run here"
 VERSIONED = ("ray", "torch", "transformers", "shoal")
 # Train waits this long between looks at its workers, and a report takes as long: 2 s by default.
 WORKER_ENVIRONMENT = {
@@ -38,7 +40,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    _require_listener(address)
+    require_listener(address, LEAVE_IT_OUT)
     environment = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
     try:
         if address:
@@ -52,21 +54,19 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
             )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
-        raise ConnectionError(
-            f"no Ray cluster at {address!r}: {first}; check the address, or leave it out to run here"
-        ) from error
+        raise ConnectionError(f"no Ray cluster at {address!r}: {first}; {LEAVE_IT_OUT}") from error
 
 
-def _require_listener(address: str | None) -> None:
-    """Raises ConnectionError if nobody listens at host:port: Ray itself would try for minutes."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
+def require_listener(address: str | None, advice: str) -> None:
+    """Raises ConnectionError if nobody listens at an address with host and port: Ray itself would try for minutes."""
+    given = address or ""
+    url = urlsplit(given if "://" in given else f"//{given}")
+    port = url.port or {"http": 80, "https": 443}.get(url.scheme)
+    if url.hostname and port:
         try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+            socket.create_connection((url.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
         except OSError as error:
-            raise ConnectionError(
-                f"no Ray cluster at {address!r}: {error.strerror or error}; check the address, or leave it out to run here"
-            ) from error
+            raise ConnectionError(f"no Ray cluster at {address!r}: {error.strerror or error}; {advice}") from error
 
 
 def check_cluster(run: Run, storage: Path) -> int:

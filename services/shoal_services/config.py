@@ -92,6 +92,11 @@ class SearchConfig(Value):
         if recipe.num_replaced < 1:
             raise ValueError("space.num_replaced must be 1 or more; the dense model is measured in any case")
 
+    def run_with(self, **given: Any) -> Self:
+        """The same search, run otherwise: fields of `run` that are not None replace the file's."""
+        changes = {name: value for name, value in given.items() if value is not None}
+        return self.model_copy(update={"run": self.run.model_copy(update=changes)})
+
     @property
     def folder(self) -> Path:
         """Where the search keeps everything."""

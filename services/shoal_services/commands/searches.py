@@ -33,10 +33,7 @@ def search(
     """
     from shoal_services.config import load_config
 
-    loaded = load_config(config)
-    given = {"address": address, "storage": storage, "tracking_uri": tracking_uri}
-    run = loaded.run.model_copy(update={name: value for name, value in given.items() if value is not None})
-    loaded = loaded.model_copy(update={"run": run})
+    loaded = load_config(config).run_with(address=address, storage=storage, tracking_uri=tracking_uri)
 
     from shoal_services.search import run_search
     from shoal_services.terminal import console, show_progress, watch_trials

@@ -1,0 +1,148 @@
+"""`shoal submit`, `shoal jobs`, `shoal logs` and `shoal stop`: searches on a cluster, through Ray's Jobs API."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal_services.commands.options import AsJson
+
+Address = Annotated[
+    str,
+    typer.Option(
+        envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"], help="The cluster: the dashboard of its head, http://HEAD:8265."
+    ),
+]
+JobName = Annotated[str, typer.Argument(help="A job's id, or a search's name for its newest job.", metavar="ID")]
+LOCAL_DASHBOARD = "http://127.0.0.1:8265"
+
+
+def submit(
+    config: Annotated[Path, typer.Argument(help="A search: a YAML file as in tune_configs/.")],
+    address: Address = LOCAL_DASHBOARD,
+    storage: Annotated[
+        Path | None, typer.Option(help="Folder that all nodes share, instead of run.storage; absolute.")
+    ] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server, instead of SQLite in the search's folder.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once the job is there; do not follow its log.")] = False,
+) -> None:
+    """Run a search on a cluster as a job of its own, and follow its log.
+
+    The file is checked here first. The job lives on the cluster: Ctrl-C or a closed laptop leaves it running. Ended or
+    stopped, it goes on where it was when submitted again. The exit code is the job's.
+
+    Examples:
+
+        shoal submit my.yaml --address http://head:8265 --storage /mnt/shared/shoal-runs
+
+        shoal submit my.yaml --address http://head:8265 --detach
+    """
+    from shoal_services.config import load_config
+
+    loaded = load_config(config).run_with(storage=storage, tracking_uri=tracking_uri)
+
+    from shoal_services.submit import connect_jobs, submit_search
+    from shoal_services.terminal import console
+
+    client = connect_jobs(address)
+    job_id = submit_search(client, config, loaded)
+    console.print(f"job {job_id} on {address}")
+    if detach:
+        console.print(_say_how_to_return(job_id, address), soft_wrap=True)
+        return
+    _follow(client, job_id, address)
+
+
+def jobs(address: Address = LOCAL_DASHBOARD, as_json: AsJson = False) -> None:
+    """List the searches that were submitted to a cluster.
+
+    Examples:
+
+        shoal jobs --address http://head:8265
+
+        shoal jobs --json
+    """
+    from shoal_services.submit import connect_jobs, list_jobs
+    from shoal_services.terminal import jobs_table, output
+
+    found = list_jobs(connect_jobs(address))
+    if as_json:
+        print(json.dumps([dataclasses.asdict(job) for job in found], indent=2, default=str))
+    else:
+        output.print(jobs_table(found))
+
+
+def logs(
+    job: JobName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    address: Address = LOCAL_DASHBOARD,
+) -> None:
+    """Print the log of a submitted search; with --follow until it ends, with the job's exit code.
+
+    Examples:
+
+        shoal logs demo --address http://head:8265
+
+        shoal logs demo-1a2b3c4d-1 --follow
+    """
+    from shoal_services.submit import connect_jobs, find_job
+
+    client = connect_jobs(address)
+    found = find_job(client, job)
+    if follow:
+        _follow(client, found.id, address)
+    else:
+        sys.stdout.write(client.get_job_logs(found.id))
+
+
+def stop(job: JobName, address: Address = LOCAL_DASHBOARD) -> None:
+    """Stop a submitted search cleanly; submitted again, it goes on where it stopped.
+
+    Examples:
+
+        shoal stop demo --address http://head:8265
+
+        shoal stop demo-1a2b3c4d-1
+    """
+    from shoal_services.submit import connect_jobs, find_job, stop_job
+    from shoal_services.terminal import console
+
+    client = connect_jobs(address)
+    found = find_job(client, job)
+    if found.has_ended:
+        console.print(f"job {found.id} has ended already: {found.status}")
+        return
+    console.print(f"job {found.id}: {stop_job(client, found.id).status}; `shoal submit` goes on from here")
+
+
+def _follow(client, job_id: str, address: str) -> None:
+    """The log to standard output, and the job's outcome as exit code."""
+    from shoal_services.submit import INTERRUPTED, follow_log
+    from shoal_services.terminal import console
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        ended = follow_log(client, job_id, write)
+    except KeyboardInterrupt as interrupt:
+        console.print(f"\njob {job_id} runs on\n{_say_how_to_return(job_id, address)}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from interrupt
+    console.print(f"job {job_id}: {ended.status}, results in {ended.folder}", soft_wrap=True)
+    if ended.exit_code == 127:
+        console.print("the cluster does not know the command `shoal`: install Shoal on its head and nodes, in one version")
+    elif ended.outcome and not ended.exit_code:
+        console.print(ended.message.splitlines()[0] if ended.message else "", soft_wrap=True)
+    raise typer.Exit(ended.outcome)
+
+
+def _say_how_to_return(job_id: str, address: str) -> str:
+    return f"follow:  shoal logs {job_id} --follow --address {address}\nstop:    shoal stop {job_id} --address {address}"
