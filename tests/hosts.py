@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
-START_LIMIT_S = 120
-RAY_START = ("--block", "--disable-usage-stats", "--object-store-memory=100000000", "--min-worker-port=20000")
+START_LIMIT_S = 240
+RAY_START = ("--block", "--disable-usage-stats", "--object-store-memory=100000000")
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Hosts:
 
     name: str
     environment: dict[str, str]
+    logs: Path
     token: str = field(default_factory=lambda: secrets.token_hex(32))
     raylets: dict[str, subprocess.Popen] = field(default_factory=dict)
 
@@ -56,7 +57,14 @@ class Hosts:
         words = [str(BIN / "ray"), "start", *role, f"--node-ip-address={self.address(index)}", f"--num-cpus={num_cpus}"]
         mount = f"mount -t tmpfs tmpfs {shlex.quote(str(private))} && " if private else ""
         script = f"{mount}exec {shlex.join([*words, *RAY_START])}"
-        self.raylets[self.namespace(index)] = self.start(index, "unshare", "--mount", "sh", "-c", script)
+        log = self.logs / f"raylet{index}.txt"
+        with log.open("w") as file:
+            process = self.start(index, "unshare", "--mount", "sh", "-c", script, stdout=file, stderr=file)
+        self.raylets[self.namespace(index)] = process
+        deadline = time.monotonic() + START_LIMIT_S
+        while "Ray runtime started" not in (said := log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, said
+            time.sleep(0.5)
 
     def start(self, index: int, *words: str, **options) -> subprocess.Popen:
         """A process on a host, which has the cluster's token."""
@@ -73,17 +81,6 @@ class Hosts:
         command = ["ip", "netns", "exec", self.namespace(index), *words]
         environment = self.environment | self.secret | changes
         return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=limit_s, check=False)
-
-    def wait_for_nodes(self, count: int) -> None:
-        code = "import ray; ray.init('auto', logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
-        deadline = time.monotonic() + START_LIMIT_S
-        said = None
-        while time.monotonic() < deadline:
-            said = self.run(1, sys.executable, "-c", code)
-            if said.returncode == 0 and int(said.stdout.split()[-1]) == count:
-                return
-            time.sleep(1)
-        raise TimeoutError(f"the cluster has not come to {count} nodes: {said and said.stdout + said.stderr}")
 
     def remove(self, index: int) -> None:
         """Ends every process of a host, and the host."""
@@ -107,9 +104,9 @@ class Hosts:
 
 
 @contextmanager
-def make_hosts(environment: dict[str, str]) -> Iterator[Hosts]:
+def make_hosts(environment: dict[str, str], logs: Path) -> Iterator[Hosts]:
     """A switch without hosts; all hosts and their processes end with the block."""
-    hosts = Hosts(f"shoal{os.getpid()}", environment)
+    hosts = Hosts(f"shoal{os.getpid()}", environment, logs)
     _run(f"ip netns add {hosts.name}")
     try:
         _run(f"ip -n {hosts.name} link add switch type bridge")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import shlex
 import shutil
@@ -78,6 +79,9 @@ def connect_jobs(address: str) -> JobSubmissionClient:
     """
     advice = "give the address of the head's dashboard, such as http://HEAD:8265"
     require_listener(address, advice)
+    for name in ("job.sdk", "dashboard_sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.ERROR)
     with _explain_refusal(address), _address_in_force(address):
         try:
             return JobSubmissionClient(address)
@@ -90,7 +94,7 @@ def submit_search(client: JobSubmissionClient, file: Path, config: SearchConfig)
 
     Raises ValueError for what would not run there, and for a search that is running already.
     """
-    _require_portable(config)
+    texts = require_portable(config)
     key = f"{config.name}-{fingerprint(str(config.run.storage / config.name))[:8]}"
     earlier = [details for details in _list_details(client) if (details.metadata or {}).get(SEARCH_TAG) == key]
     for details in earlier:
@@ -99,7 +103,7 @@ def submit_search(client: JobSubmissionClient, file: Path, config: SearchConfig)
     job_id = f"{key}-{len(earlier) + 1}"
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(file, Path(folder) / file.name)
-        for text in _list_relative_texts(config):
+        for text in texts:
             (Path(folder) / text.parent).mkdir(parents=True, exist_ok=True)
             shutil.copy(text, Path(folder) / text)
         try:
@@ -159,8 +163,11 @@ def stop_job(client: JobSubmissionClient, job_id: str, *, patience_s: float = 90
     return job
 
 
-def _require_portable(config: SearchConfig) -> None:
-    """Raises ValueError for paths that mean this machine alone, and for passwords that the job's page would show."""
+def require_portable(config: SearchConfig) -> list[Path]:
+    """The text files that travel with a search.
+
+    Raises ValueError for paths that mean this machine alone, and for passwords that the job's page would show.
+    """
     storage = config.run.storage
     if not storage.is_absolute():
         raise ValueError(
@@ -178,10 +185,11 @@ def _require_portable(config: SearchConfig) -> None:
             "run.tracking_uri holds a password, which everyone who sees the job would read; "
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster"
         )
+    return _list_relative_texts(config)
 
 
 def _list_relative_texts(config: SearchConfig) -> list[Path]:
-    """The text files that travel. Raises ValueError for those that cannot."""
+    """Raises ValueError for those that are not here, not below this folder, or too large."""
     named = {Path(source) for source in (*config.texts.train, *config.texts.evaluation)}
     texts = sorted(path for path in named if path.suffix in TEXT_SUFFIXES and not path.is_absolute())
     for path in texts:

@@ -6,9 +6,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -30,9 +28,6 @@ from shoal.recipe import Evaluation, Point
 from shoal_services.doctor import Check
 from shoal_services.folder import TrialResult, read_progress
 
-if TYPE_CHECKING:
-    from shoal_services.submit import Job
-
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
 
@@ -51,6 +46,10 @@ class ProgressDisplay:
         if stage not in self.tasks:
             self.tasks[stage] = self.progress.add_task(stage, total=total, note="")
         self.progress.update(self.tasks[stage], completed=done, total=total)
+
+    def remark(self, text: str) -> None:
+        """A line above the bars."""
+        self.progress.console.print(text)
 
     def show_linearity(self, model: str, scores: Sequence[BlockLinearity]) -> None:
         """The table of linearity, above the bars."""
@@ -246,18 +245,6 @@ def evaluation_table(name: str, evaluations: Sequence[Evaluation]) -> Table:
             f"{e.perplexity:.2f} ± {e.standard_error:.2f}", f"{ratio:.3f} ± {ratio * e.log_ratio_standard_error:.3f}",
             f"{e.kl:.4f} ± {e.kl_standard_error:.4f}", f"{e.top1_agreement:.1%}",
         )  # fmt: skip
-    return table
-
-
-def jobs_table(jobs: Sequence[Job]) -> Table:
-    """Submitted searches with state, start (UTC), length and folder."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in ("job", "status", "started, UTC", "took", "folder"):
-        table.add_column(column, overflow="fold")
-    for job in jobs:
-        started = f"{job.started:%Y-%m-%d %H:%M}" if job.started else ""
-        took = str((job.ended or datetime.now(UTC)) - job.started).partition(".")[0] if job.started else ""
-        table.add_row(job.id, job.status, started, took, job.folder)
     return table
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoal_services.commands.options import AsJson
+
+if TYPE_CHECKING:
+    from shoal_services.submit import Job
 
 Address = Annotated[
     str,
@@ -48,14 +52,14 @@ def submit(
 
     loaded = load_config(config).run_with(storage=storage, tracking_uri=tracking_uri)
 
-    from shoal_services.submit import connect_jobs, submit_search
-    from shoal_services.terminal import console
+    from shoal_services.submit import connect_jobs, require_portable, submit_search
 
+    require_portable(loaded)
     client = connect_jobs(address)
     job_id = submit_search(client, config, loaded)
-    console.print(f"job {job_id} on {address}")
+    typer.echo(f"job {job_id} on {address}", err=True)
     if detach:
-        console.print(_say_how_to_return(job_id, address), soft_wrap=True)
+        typer.echo(_say_how_to_return(job_id, address), err=True)
         return
     _follow(client, job_id, address)
 
@@ -70,13 +74,12 @@ def jobs(address: Address = LOCAL_DASHBOARD, as_json: AsJson = False) -> None:
         shoal jobs --json
     """
     from shoal_services.submit import connect_jobs, list_jobs
-    from shoal_services.terminal import jobs_table, output
 
     found = list_jobs(connect_jobs(address))
     if as_json:
         print(json.dumps([dataclasses.asdict(job) for job in found], indent=2, default=str))
     else:
-        output.print(jobs_table(found))
+        _print_table(found)
 
 
 def logs(
@@ -112,20 +115,18 @@ def stop(job: JobName, address: Address = LOCAL_DASHBOARD) -> None:
         shoal stop demo-1a2b3c4d-1
     """
     from shoal_services.submit import connect_jobs, find_job, stop_job
-    from shoal_services.terminal import console
 
     client = connect_jobs(address)
     found = find_job(client, job)
     if found.has_ended:
-        console.print(f"job {found.id} has ended already: {found.status}")
+        typer.echo(f"job {found.id} has ended already: {found.status}", err=True)
         return
-    console.print(f"job {found.id}: {stop_job(client, found.id).status}; `shoal submit` goes on from here")
+    typer.echo(f"job {found.id}: {stop_job(client, found.id).status}; `shoal submit` goes on from here", err=True)
 
 
 def _follow(client, job_id: str, address: str) -> None:
     """The log to standard output, and the job's outcome as exit code."""
     from shoal_services.submit import INTERRUPTED, follow_log
-    from shoal_services.terminal import console
 
     def write(text: str) -> None:
         sys.stdout.write(text)
@@ -134,14 +135,32 @@ def _follow(client, job_id: str, address: str) -> None:
     try:
         ended = follow_log(client, job_id, write)
     except KeyboardInterrupt as interrupt:
-        console.print(f"\njob {job_id} runs on\n{_say_how_to_return(job_id, address)}", soft_wrap=True)
+        typer.echo(f"\njob {job_id} runs on\n{_say_how_to_return(job_id, address)}", err=True)
         raise typer.Exit(INTERRUPTED) from interrupt
-    console.print(f"job {job_id}: {ended.status}, results in {ended.folder}", soft_wrap=True)
+    typer.echo(f"job {job_id}: {ended.status}, results in {ended.folder}", err=True)
     if ended.exit_code == 127:
-        console.print("the cluster does not know the command `shoal`: install Shoal on its head and nodes, in one version")
+        typer.echo(
+            "the cluster does not know the command `shoal`: install Shoal on its head and nodes, in one version", err=True
+        )
     elif ended.outcome and not ended.exit_code:
-        console.print(ended.message.splitlines()[0] if ended.message else "", soft_wrap=True)
+        typer.echo(ended.message.splitlines()[0] if ended.message else "", err=True)
     raise typer.Exit(ended.outcome)
+
+
+def _print_table(found: list[Job]) -> None:
+    """Submitted searches with state, start (UTC), length and folder."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("job", "status", "started, UTC", "took", "folder"):
+        table.add_column(column, no_wrap=column != "folder", overflow="fold")
+    for job in found:
+        started = f"{job.started:%Y-%m-%d %H:%M}" if job.started else ""
+        took = str((job.ended or datetime.now(UTC)) - job.started).partition(".")[0] if job.started else ""
+        table.add_row(job.id, job.status, started, took, job.folder)
+    Console(highlight=False).print(table)
 
 
 def _say_how_to_return(job_id: str, address: str) -> str:
