@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# As in an activated environment: a job of the shared Ray runs the command `shoal`.
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
 
 from collections.abc import Iterator
 from itertools import pairwise

@@ -20,6 +20,7 @@ Trained = Literal["maps", "lora", "all"]
 
 Sparsity = float | Literal["2:4", "4:8"]
 
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 PACKAGED_TEXT = "wikipedia-sample"
 KINDS: tuple[Kind, ...] = ("linear", "low_rank", "folded", "dropped")
 

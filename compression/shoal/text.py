@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from shoal.recipe import PACKAGED_TEXT, Text
+from shoal.recipe import PACKAGED_TEXT, TEXT_SUFFIXES, Text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,7 +76,7 @@ def load_documents(source: str) -> Documents:
     """
     if source == PACKAGED_TEXT:
         documents = Documents(source, _read_wikipedia_sample())
-    elif Path(source).suffix in (".txt", ".jsonl", ".parquet"):
+    elif Path(source).suffix in TEXT_SUFFIXES:
         documents = _read_file(Path(source))
     else:
         documents = _from_columns(source, open_dataset(source))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoal_services.commands import finetuning, machine, models, pretraining, quality, searches, serving
+from shoal_services.commands import finetuning, jobs, machine, models, pretraining, quality, searches, serving
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False,
@@ -25,9 +25,10 @@ def common(
 
 
 for command in (
-    models.profile, models.compress, searches.search, searches.frontier, models.evaluate, quality.probe, quality.judge,
-    finetuning.finetune, pretraining.pretrain,
-    machine.doctor, serving.serve, serving.bench_serve,
+    models.profile, models.compress, models.evaluate, searches.search, searches.frontier,
+    quality.probe, quality.judge, finetuning.finetune, pretraining.pretrain,
+    jobs.submit, jobs.jobs, jobs.logs, jobs.stop, machine.doctor,
+    serving.serve, serving.bench_serve,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(serving.keys, name="keys")

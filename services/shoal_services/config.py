@@ -118,6 +118,10 @@ class SearchConfig(Value):
                 "(0 is for spaces with weight_share or sparsity)"
             )
 
+    def run_with(self, **given: Any) -> Self:
+        """The same search, run otherwise: fields of `run` that are not None replace the file's."""
+        return self.model_copy(update={"run": self.run.given(**given)})
+
     @property
     def folder(self) -> Path:
         """Where the search keeps everything."""

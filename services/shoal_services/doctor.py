@@ -42,7 +42,7 @@ def _try(name: str, look: Callable[[], str], remedy: str) -> Check:
 
 
 def _find_versions() -> str:
-    from shoal_services.cluster import describe_versions
+    from shoal_services.preflight import describe_versions
 
     return ", ".join(f"{name} {number}" for name, number in describe_versions().items())
 
@@ -66,7 +66,7 @@ def _find_packaged_model() -> str:
 
 
 def _check_storage(storage: Path) -> str:
-    from shoal_services.cluster import check_writable
+    from shoal_services.preflight import check_writable
 
     check_writable(storage.expanduser().resolve())
     existing = next(path for path in (storage.resolve(), *storage.resolve().parents) if path.exists())

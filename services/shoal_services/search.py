@@ -18,12 +18,13 @@ from shoal.moments import Moments
 from shoal.recipe import Point
 
 from shoal_services.calibrate import prepare_search
-from shoal_services.cluster import check_cluster, connect
+from shoal_services.cluster import connect
 from shoal_services.config import SearchConfig
 from shoal_services.curves_page import write_curves_page
 from shoal_services.events import SearchEvents, search_key
 from shoal_services.folder import RunFolder, TrialResult
 from shoal_services.linearity_page import write_linearity_page
+from shoal_services.preflight import check_cluster
 from shoal_services.report import write_frontier_page
 from shoal_services.tracking import Tracker
 from shoal_services.trials import run_trials
@@ -46,6 +47,8 @@ class Audience(Protocol):
 
     def __call__(self, stage: str, done: int, total: int) -> None: ...
 
+    def remark(self, text: str) -> None: ...
+
     def show_linearity(self, model: str, scores: Sequence[BlockLinearity]) -> None: ...
 
     def show_trial(self, result: TrialResult) -> None: ...
@@ -59,10 +62,12 @@ def run_search(config: SearchConfig, audience: Audience, *, num_cpus: int | None
     folder = RunFolder(config.folder)
     audience("start Ray", 0, 1)
     connect(config.run.address, num_cpus=num_cpus)
-    concurrent = check_cluster(config.run, folder.root)
+    clearance = check_cluster(config.run, folder.root)
+    for remark in clearance.remarks:
+        audience.remark(remark)
     folder.claim_search(config)
     audience("start Ray", 1, 1)
-    prepare_search(config, folder, concurrent, audience)
+    prepare_search(config, folder, clearance.concurrent, audience)
     scores = score_blocks(Moments.load(folder.prepared / "moments.safetensors"))
     write_text(folder.root / "linearity.json", json.dumps([dataclasses.asdict(score) for score in scores], indent=2))
     write_linearity_page(folder.root / "linearity.html", config.model, scores)
@@ -73,7 +78,7 @@ def run_search(config: SearchConfig, audience: Audience, *, num_cpus: int | None
     tracker.start_run(parent, name=config.name, params=flatten(config.science))
     events = SearchEvents(config, folder, tracker, on_end=lambda result: _after_trial(config, folder, result, audience))
     try:
-        results = run_trials(config, folder, concurrent, events, audience)
+        results = run_trials(config, folder, clearance.concurrent, events, audience)
         events.record_missed()
         frontier = write_frontier(config, folder)
         _publish(config, folder, frontier, tracker)

@@ -55,6 +55,10 @@ class ProgressDisplay:
             self.tasks[stage] = self.progress.add_task(stage, total=total, note="")
         self.progress.update(self.tasks[stage], completed=done, total=total)
 
+    def remark(self, text: str) -> None:
+        """A line above the bars."""
+        self.progress.console.print(text)
+
     def show_linearity(self, model: str, scores: Sequence[BlockLinearity]) -> None:
         """The table of linearity, above the bars."""
         self.progress.console.print(linearity_table(model, scores))

@@ -35,9 +35,7 @@ def search(
     """
     from shoal_services.config import load_config
 
-    loaded = load_config(config)
-    run = loaded.run.given(address=address, storage=storage, tracking_uri=tracking_uri)
-    loaded = loaded.model_copy(update={"run": run})
+    loaded = load_config(config).run_with(address=address, storage=storage, tracking_uri=tracking_uri)
 
     from shoal_services.search import run_search
     from shoal_services.terminal import console, show_progress, watch_trials

@@ -10,8 +10,9 @@ import ray
 import ray.tune
 from shoal.pretrain_corpus import load_pretrain_corpus
 
-from shoal_services.cluster import check_cluster, connect
+from shoal_services.cluster import connect
 from shoal_services.events import TrialEvents, search_key
+from shoal_services.preflight import check_cluster
 from shoal_services.pretraining.config import PretrainConfig
 from shoal_services.pretraining.page import write_pretraining_page
 from shoal_services.pretraining.results import FIELDS, SCORES, PretrainFolder, PretrainResult, summarise, write_results
@@ -40,6 +41,8 @@ class PretrainAudience(Protocol):
 
     def show_run(self, result: PretrainResult) -> None: ...
 
+    def remark(self, text: str) -> None: ...
+
 
 class PretrainEvents(TrialEvents[PretrainResult]):
     """A Tune callback for one sweep."""
@@ -65,7 +68,9 @@ def run_pretraining(config: PretrainConfig, audience: PretrainAudience, *, num_c
     folder = PretrainFolder(config.folder)
     audience("start Ray", 0, 1)
     connect(config.run.address, num_cpus=num_cpus)
-    concurrent = check_cluster(config.run, folder.root)
+    clearance = check_cluster(config.run, folder.root)
+    for remark in clearance.remarks:
+        audience.remark(remark)
     folder.claim(config.name, config.science, extensible="sweep")
     audience("start Ray", 1, 1)
     _prepare(config, folder, audience)
@@ -75,7 +80,7 @@ def run_pretraining(config: PretrainConfig, audience: PretrainAudience, *, num_c
     tracker.start_run(parent, name=config.name, params=flatten(config.science))
     events = PretrainEvents(config, folder, tracker, on_end=lambda result: _after_run(config, folder, result, audience))
     try:
-        _run_missing(config, folder, concurrent, events, audience)
+        _run_missing(config, folder, clearance.concurrent, events, audience)
         events.record_missed()
         results = write_page(config, folder)
         _publish(parent, folder, results, tracker)

@@ -1,0 +1,206 @@
+"""The checks before a search: resources, storage, versions, tracker, on every node. Each failure names node and remedy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from shoal.files import write_text
+
+from shoal_services.config import Workers
+from shoal_services.resources import Maximum, Shape, read_maximum, read_nodes
+
+MIN_FREE_BYTES = 2 * 2**30
+VERSIONED = ("ray", "torch", "transformers", "shoal")
+NODE_LIMIT_S = 60
+TRACKER_LIMIT_S = 5
+
+
+@dataclass(frozen=True)
+class Clearance:
+    """A search may begin: so many trials fit at once, and these remarks are worth a line."""
+
+    concurrent: int
+    remarks: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What a node says of itself: versions, and what it sees and can do in the storage."""
+
+    node: str
+    versions: dict[str, str]
+    sees_marker: bool
+    complaint: str | None
+    own_marker: str
+
+
+def check_cluster(run: Workers, storage: Path) -> Clearance:
+    """Whether a search can run on the connected cluster.
+
+    Raises ValueError for resources that the cluster does not have and cannot get, storage that is not shared, not
+    writable from every node or nearly full, and package versions that differ between nodes. A tracker that does not
+    answer is a remark: its records are kept and sent later.
+    """
+    check_writable(storage)
+    clearance = fit_trials(run, read_nodes(), read_maximum())
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1:
+        check_nodes(nodes, storage)
+    remarks = [remark for remark in (_look_at_tracker(run.tracking_uri),) if remark]
+    return Clearance(clearance.concurrent, clearance.remarks + remarks)
+
+
+def fit_trials(run: Workers, nodes: dict[str, Shape], maximum: Maximum) -> Clearance:
+    """Trials that the nodes hold at once, grown as far as the autoscaler may, at most `max_concurrent_trials`.
+
+    Raises ValueError that says what is missing, in all or on any one node.
+    """
+    worker = Shape(cpus=run.cpus_per_worker, gpus=run.gpus_per_worker)
+    slots, possible = worker.count_in(nodes.values()), worker.count_in(maximum.shapes(nodes))
+    remarks = []
+    if possible < run.num_workers:
+        if not maximum.is_unknown:
+            raise ValueError(_explain_lack(run, worker, nodes))
+        remarks.append(
+            f"{_explain_lack(run, worker, nodes)}. The cluster grows by itself, and how far cannot be read from it: "
+            "the search waits for nodes"
+        )
+    elif slots < run.num_workers:
+        remarks.append("no trial fits on the nodes that are there; the cluster may grow, and the search waits for that")
+    return Clearance(min(max(1, possible // run.num_workers), run.max_concurrent_trials or possible or 1), remarks)
+
+
+def _explain_lack(run: Workers, worker: Shape, nodes: dict[str, Shape]) -> str:
+    """What is missing: in the whole cluster, or on any one node."""
+    for resource in ("cpus", "gpus"):
+        per_worker, name = getattr(worker, resource), resource[:-1].upper()
+        there = [getattr(node, resource) for node in nodes.values()]
+        needed = per_worker * run.num_workers
+        if needed > sum(there):
+            return (
+                f"a trial needs {needed:g} {name}s ({run.num_workers} workers of {per_worker:g}), and the cluster has "
+                f"{sum(there):g}; lower run.num_workers or run.{resource}_per_worker, or add nodes"
+            )
+    each = ", ".join(f"{name} has {shape} and holds {worker.count_in([shape])}" for name, shape in sorted(nodes.items()))
+    return (
+        f"a worker needs {worker} on one node, and a trial has {run.num_workers} of them; {each}; "
+        "lower run.cpus_per_worker, run.gpus_per_worker or run.num_workers, or add larger nodes"
+    )
+
+
+def check_writable(storage: Path) -> None:
+    """Raises ValueError if files cannot be written under `storage`, or the disk is nearly full."""
+    # Unlike Path.exists, os.path.exists says no where one may not look.
+    existing = next(path for path in (storage, *storage.parents) if os.path.exists(path))
+    if not existing.is_dir():
+        raise ValueError(f"storage {str(storage)!r}: {str(existing)!r} is a file; choose another run.storage")
+    marker = existing / f".shoal-{uuid.uuid4().hex}"
+    try:
+        write_text(marker, "written by the check before a search")
+        marker.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"storage {str(existing)!r} cannot be written ({error.strerror}); choose another run.storage"
+        ) from error
+    free = shutil.disk_usage(existing).free
+    if free < MIN_FREE_BYTES:
+        raise ValueError(
+            f"storage {str(existing)!r} has {free / 2**30:.1f} GiB free, less than {MIN_FREE_BYTES / 2**30:.0f} GiB; "
+            "free some space or choose another run.storage"
+        )
+
+
+def describe_versions() -> dict[str, str]:
+    """Python's and the packages' versions on this node."""
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
+
+
+def check_nodes(nodes: list[dict], storage: Path) -> None:
+    """Every node runs the same versions, and sees the others' files in the storage and writes its own.
+
+    Raises ValueError that names the node.
+    """
+    storage.mkdir(parents=True, exist_ok=True)
+    marker = storage / f".shoal-{uuid.uuid4().hex}"
+    write_text(marker, "written by the check before a search")
+    look = ray.remote(num_cpus=0, max_retries=0)(look_from_node)
+    looks = {}
+    for node in nodes:
+        place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        name = node["NodeManagerAddress"]
+        looks[look.options(scheduling_strategy=place).remote(name, str(marker))] = name
+    try:
+        silent = ray.wait(list(looks), num_returns=len(looks), timeout=NODE_LIMIT_S)[1]
+        if silent:
+            names = ", ".join(looks[task] for task in silent)
+            raise ValueError(
+                f"node {names} has not answered for {NODE_LIMIT_S} s: it can start no worker; look at `ray status` and the "
+                "node's logs, or take it out of the cluster"
+            )
+        require_equal(ray.get(list(looks)), describe_versions(), storage)
+    finally:
+        for file in storage.glob(f"{marker.name}*"):
+            file.unlink(missing_ok=True)
+
+
+def look_from_node(node: str, marker: str) -> NodeReport:
+    """A node's report; leaves a marker of its own beside `marker`. Runs on the node."""
+    own = f"{marker}-{uuid.uuid4().hex}"
+    sees_marker, complaint = Path(marker).exists(), None
+    try:
+        check_writable(Path(marker).parent)
+        if sees_marker:
+            write_text(Path(own), "written by a node in the check before a search")
+    except (ValueError, OSError) as error:
+        complaint = str(error)
+    return NodeReport(node, describe_versions(), sees_marker, complaint, own)
+
+
+def require_equal(reports: Iterable[NodeReport], here: dict[str, str], storage: Path) -> None:
+    """Raises ValueError for the first node whose versions or storage differ from this machine's."""
+    for report in reports:
+        for package, wanted in here.items():
+            if report.versions.get(package) != wanted:
+                raise ValueError(
+                    f"node {report.node} runs {package} {report.versions.get(package)}, this machine {wanted}: "
+                    "install the same versions everywhere"
+                )
+        if not report.sees_marker:
+            raise ValueError(
+                f"node {report.node} does not see storage {str(storage)!r}: with several nodes run.storage must be a "
+                "folder that all of them share (NFS, a mounted bucket)"
+            )
+        if report.complaint:
+            raise ValueError(f"node {report.node}: {report.complaint}")
+        if not Path(report.own_marker).exists():
+            raise ValueError(
+                f"what node {report.node} writes to storage {str(storage)!r} is not seen here: the two do not share it, or "
+                "one of them mounts it with a cache that hides new files"
+            )
+
+
+def _look_at_tracker(uri: str | None) -> str | None:
+    """A remark if nobody listens where the tracking server should be: a search goes on without it."""
+    url = urlsplit(uri or "")
+    if url.scheme not in ("http", "https") or not url.hostname:
+        return None
+    try:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        socket.create_connection((url.hostname, port), timeout=TRACKER_LIMIT_S).close()
+    except OSError as error:
+        return (
+            f"tracking server {uri} does not answer {platform.node()} ({error.strerror or error}); the search goes on, and "
+            "its records wait in the folder until the server is up: check run.tracking_uri"
+        )
+    return None
