@@ -10,13 +10,14 @@ from typing import Self
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shoal.blocks import check_block_indices, drop_blocks, find_blocks, find_down_proj, text_config
 from shoal.files import write_aside
 from shoal.modeling_shoal import LinearBlock, attach
+from shoal.on_disk import weights_on_disk
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
     for index, weight in replacement.down_proj.items():
         projection = find_down_proj(blocks[index], config.hidden_size)
         assert projection is not None
-        projection.weight.data = _as_stored(projection, weight).to(projection.weight)
+        _set_weight(blocks[index], projection, _as_stored(projection, weight))
     kept = [index for index in range(len(blocks)) if index not in replacement.blocks]
     drop_blocks(model, replacement.blocks)
     entries = []
@@ -139,6 +140,15 @@ def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
             entries.append({"block": max(position, 0), "where": where, "replaces": list(run), "rank": affine.rank})
     if entries:
         config.linear_blocks = entries
+
+
+def _set_weight(block: nn.Module, projection: nn.Module, weight: Tensor) -> None:
+    on_disk = weights_on_disk(block)
+    if on_disk is None:
+        projection.weight.data = weight.to(projection.weight)
+        return
+    name = next(name for name, module in block.named_modules() if module is projection)
+    on_disk.weights_map[f"{name}.weight"] = weight
 
 
 def weight_of(projection) -> Tensor:
