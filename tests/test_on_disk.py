@@ -113,7 +113,7 @@ def test_a_block_is_held_once_for_all_who_use_it(different):
     with hold(block):
         with hold(block):
             weights = list(block.parameters())
-        assert list(block.parameters())[0] is weights[0]
+        assert next(block.parameters()) is weights[0]
         assert num_in_memory(different[1]) == 1
     assert num_in_memory(different[1]) == 0
 

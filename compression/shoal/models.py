@@ -65,7 +65,7 @@ def load_model(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     device = device or choose_device()
-    if device.type == "cpu":
+    if device.type == "cpu" and not streamed:  # where memory is short, it is given back
         keep_freed_memory()
     torch_dtype = DTYPES[dtype] if dtype else choose_dtype(device)
     folder, extra = _locate(name, revision)
