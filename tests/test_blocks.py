@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 from conftest import make_ids
-from shoal.blocks import drop_blocks, embed, find_blocks, find_down_proj, record_calls, text_config, watch_boundaries
+from shoal.blocks import drop_blocks, find_blocks, find_down_proj, text_config, watch_boundaries
+from shoal.calls import embed, record_calls
 
 
 def test_blocks_are_found(model):
@@ -33,7 +34,7 @@ def test_running_recorded_calls_block_by_block_is_the_forward_pass(model):
     with torch.no_grad():
         with watch_boundaries(model, seen.__setitem__):
             model(input_ids=ids)
-        _, calls = record_calls(model, make_ids(2, 16, seed=1))
+        calls = record_calls(model, make_ids(2, 16, seed=1))
         stream = embed(model, ids)
         torch.testing.assert_close(stream, seen[0])
         for index, block in enumerate(find_blocks(model)):

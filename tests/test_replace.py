@@ -56,9 +56,9 @@ def test_maps_stand_where_the_blocks_stood(model, blocks):
 
 @torch.no_grad()
 def run_by_hand(model, ids, blocks, maps):
-    from shoal.blocks import embed, record_calls
+    from shoal.calls import embed, record_calls
 
-    _, calls = record_calls(model, ids)
+    calls = record_calls(model, ids)
     stream = embed(model, ids)
     for index, block in enumerate(find_blocks(model)):
         if index in maps:

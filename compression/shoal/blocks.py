@@ -9,9 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -118,63 +116,6 @@ def watch_boundaries(model: PreTrainedModel, visit: Callable[[int, Tensor], None
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@dataclass(frozen=True)
-class Call:
-    """How the model calls one block, but for the residual stream: masks, positions, rotary embeddings."""
-
-    args: tuple
-    kwargs: dict
-
-    def run(self, block: nn.Module, stream: Tensor) -> Tensor:
-        """The stream [batch, time, d] after the block."""
-        return first_tensor(block(stream, *self.args, **self.kwargs))
-
-
-@torch.no_grad()
-def record_calls(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
-    """The stream before block 0 for ids [batch, time], and how each block is called for windows of that shape."""
-    blocks = find_blocks(model)
-    calls: list[Call] = []
-    embedded: list[Tensor] = []
-
-    def record(_block, args, kwargs):
-        if not embedded:
-            embedded.append(stream_input(args, kwargs))
-        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        calls.append(Call(args[1:], rest))
-
-    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
-    try:
-        model.base_model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return embedded[0], calls
-
-
-@torch.no_grad()
-def embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The stream before block 0 [batch, time, d] for ids [batch, time], without running the blocks."""
-    stopped: list[Tensor] = []
-
-    def stop(_block, args, kwargs):
-        stopped.append(stream_input(args, kwargs))
-        raise _Stop
-
-    hook = find_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-    try:
-        model.base_model(input_ids=ids, use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        hook.remove()
-    return stopped[0]
-
-
-class _Stop(Exception):
-    """Ends a forward pass at the first block."""
 
 
 def find_down_proj(block: nn.Module, hidden_size: int) -> nn.Linear | Conv1D | None:

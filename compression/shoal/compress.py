@@ -17,7 +17,8 @@ from shoal.corpus import Corpus, load_corpus
 from shoal.distill import DistillationRun, Lesson
 from shoal.evaluate import evaluate, measure_size, measure_speeds
 from shoal.fit import fit_independent
-from shoal.models import hash_weights, load_model, load_tokenizer
+from shoal.models import hash_weights, is_memory_short, load_model, load_tokenizer
+from shoal.on_disk import is_on_disk
 from shoal.prepare import Listener, Preparation, ignore, prepare
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Texts
 from shoal.replace import Replacement, apply_replacement
@@ -42,8 +43,12 @@ class Stopwatch:
             self.seconds[stage] = round(self.seconds.get(stage, 0) + time.perf_counter() - start, 3)
 
 
-def compress(recipe: Recipe, folder: Path, *, texts: Texts | None = None, listen: Listener = ignore) -> Point:
+def compress(
+    recipe: Recipe, folder: Path, *, texts: Texts | None = None, streamed: bool | None = None, listen: Listener = ignore
+) -> Point:
     """Makes the model that the recipe describes, writes it to `folder`, and returns the numbers that it reached.
+
+    `streamed`: with the blocks on disk, a block at a time in memory; if not given, where memory would be short.
 
     Raises ValueError for a recipe that the model or the texts cannot fulfil, FileExistsError if `folder` is there,
     `shoal.evaluate.Collapsed` if the result is not a working model.
@@ -53,7 +58,8 @@ def compress(recipe: Recipe, folder: Path, *, texts: Texts | None = None, listen
     texts, watch = texts or Texts(), Stopwatch()
     with watch.time("load"):
         listen("load", 0, 1)
-        model = load_model(recipe.base_model, revision=recipe.revision, dtype=recipe.dtype)
+        streamed = choose_streamed(recipe, streamed)
+        model = load_model(recipe.base_model, revision=recipe.revision, dtype=recipe.dtype, streamed=streamed)
         tokenizer = load_tokenizer(recipe.base_model, revision=recipe.revision)
         corpus = load_corpus(texts, tokenizer, model.config, **distillation_needs(recipe))
         recipe = name_inputs(recipe, model, corpus)
@@ -63,7 +69,7 @@ def compress(recipe: Recipe, folder: Path, *, texts: Texts | None = None, listen
     with watch.time("fit"):
         recipe = choose(recipe, model, corpus, preparation)
         replacement = fit(recipe, model, corpus, preparation, listen=listen)
-        student = copy.deepcopy(model)
+        student = copy_model(model)
         apply_replacement(student, replacement)
     with watch.time("thin"):
         thin_weights(recipe, student, corpus, listen=listen)
@@ -78,11 +84,35 @@ def compress(recipe: Recipe, folder: Path, *, texts: Texts | None = None, listen
             student = run.finish()
     with watch.time("evaluate"):
         evaluations = evaluate_all(student, corpus, preparation, listen=listen)
-        dense_speed, speed = measure_speeds([model, student])
+        # A streamed model would be timed reading its files.
+        speeds = (None, None) if streamed else tuple(measure_speeds([model, student]))
     with watch.time("store"):
         save(student, tokenizer, folder, recipe=recipe)
     sizes = measure_size(model), measure_size(student, is_sparse=recipe.sparsity is not None)
-    return save_point(folder, make_point(recipe, evaluations, sizes, (dense_speed, speed), watch, student))
+    return save_point(folder, make_point(recipe, evaluations, sizes, speeds, watch, student))
+
+
+def choose_streamed(recipe: Recipe, wanted: bool | None) -> bool:
+    """Whether the blocks stay on disk: as wanted, or where memory would not hold the model and its student.
+
+    Raises ValueError if a streamed model should be distilled, or its weights thinned.
+    """
+    if wanted and recipe.distillation is not None:
+        raise ValueError(
+            "a streamed model cannot be distilled: every step would read it from disk; leave the distillation out, or "
+            "distil where the model fits in memory"
+        )
+    is_thinned = recipe.sparsity is not None or recipe.weight_share is not None
+    if wanted and is_thinned:
+        raise ValueError("a streamed model cannot be made sparse or factored; leave out sparsity and weight_share")
+    if wanted is not None or recipe.distillation is not None or is_thinned:
+        return bool(wanted)
+    return is_memory_short(recipe.base_model, revision=recipe.revision, dtype=recipe.dtype, num_copies=2)
+
+
+def copy_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A student to change; where the blocks are on disk, it shares the parameters in memory with its teacher."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()} if is_on_disk(model) else {})
 
 
 def distillation_needs(recipe: Recipe) -> dict[str, int]:
@@ -160,7 +190,7 @@ def make_point(
     recipe: Recipe,
     evaluations: tuple[Evaluation, ...],
     sizes: tuple[Size, Size],
-    speeds: tuple[Speed, Speed],
+    speeds: tuple[Speed | None, ...],
     watch: Stopwatch,
     model: PreTrainedModel,
 ) -> Point:

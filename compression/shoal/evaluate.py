@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from shoal.blocks import find_zeros, name_cache_argument, text_config
+from shoal.flow import read_logits
 from shoal.losses import find_divergence, find_normalizer
 from shoal.recipe import Evaluation, Size, Speed
 from shoal.teacher import TeacherTargets, choose_batch_size, token_losses
@@ -43,10 +44,7 @@ def score_windows(
     dense.require(windows)
     batch_size = choose_batch_size(model, windows.ids.shape[1])
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for start in range(0, len(windows), batch_size):
-        rows = slice(start, start + batch_size)
-        ids = windows.ids[rows].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits
+    for rows, ids, logits in read_logits(model, windows, batch_size, on_progress):
         normalizer, top_ids = find_normalizer(logits)
         top = dense.top_tokens(rows, logits.device)
         # The last position predicts a token beyond the window: it is not scored.
@@ -56,7 +54,6 @@ def score_windows(
         nll = token_losses(logits, normalizer, ids)
         # In float64 like the dense losses, so that the dense model beside itself differs by nothing.
         parts.append((nll.cpu().double().mean(1), kl.cpu().double().mean(1), agreement.cpu().double().mean(1)))
-        on_progress(min(start + batch_size, len(windows)))
     return WindowScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

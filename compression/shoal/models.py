@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 from typing import cast
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from shoal import modeling_shoal
 from shoal.files import write_aside
 from shoal.memory import keep_freed_memory
+from shoal.on_disk import keep_blocks_on_disk, named_weights, place_blocks
 from shoal.recipe import Recipe
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -49,21 +51,26 @@ def choose_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    name: str, *, revision: str | None = None, dtype: str | None = None, device: torch.device | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: torch.device | None = None,
+    streamed: bool = False,
 ) -> PreTrainedModel:
-    """The causal language model `name` in evaluation mode.
+    """The causal language model `name` in evaluation mode; `streamed`, with its blocks on disk (see `shoal.on_disk`).
 
     Raises ValueError if there is no such model, or if it is not a causal decoder.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     device = device or choose_device()
-    if device.type == "cpu":
+    if device.type == "cpu" and not streamed:  # where memory is short, it is given back
         keep_freed_memory()
     torch_dtype = DTYPES[dtype] if dtype else choose_dtype(device)
     folder, extra = _locate(name, revision)
     try:
-        model, report = _read_weights(folder, extra, torch_dtype)
+        model, report = _read_weights(folder, extra, torch_dtype, device if streamed else None)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load model {name!r}: {_explain(error)}") from error
     if report["missing_keys"]:
@@ -72,19 +79,31 @@ def load_model(
             f"cannot load model {name!r}: its files lack {len(missing)} weights of a causal decoder, "
             f"{missing[0]!r} for one; it was saved as {made_as}, which may be an encoder or lack the language-model head"
         )
-    model.to(device).eval()  # type: ignore[arg-type]
+    if streamed:
+        keep_blocks_on_disk(model, device)
+    else:
+        model.to(device)  # type: ignore[arg-type]
+    model.eval()
     _require_causal(model, name)
     return model
 
 
-def _read_weights(folder: str, extra: dict, dtype: torch.dtype) -> tuple[PreTrainedModel, dict]:
-    """The model, and transformers' report of what its files lack."""
+def _read_weights(
+    folder: str, extra: dict, dtype: torch.dtype, streamed_to: torch.device | None
+) -> tuple[PreTrainedModel, dict]:
+    """The model, and transformers' report of what its files lack; its blocks stay on disk if it is streamed to a device."""
     arguments = {"dtype": dtype, "output_loading_info": True, **extra}
+    if streamed_to is not None and "gguf_file" in extra:
+        raise ValueError("a GGUF file cannot be streamed; convert it to safetensors first")
     if class_name := _find_shoal_class(Path(folder)):
+        if streamed_to is not None:
+            raise ValueError("it holds linear blocks, which are not streamed; load it as a whole")
         return getattr(modeling_shoal, class_name).from_pretrained(folder, **arguments)
     config = AutoConfig.from_pretrained(folder, **{k: v for k, v in extra.items() if k != "quantization_config"})
     if config.is_encoder_decoder:
         raise ValueError(f"it is an encoder-decoder model ({config.model_type}); Shoal needs a causal decoder")
+    if streamed_to is not None:
+        arguments |= place_blocks(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), streamed_to)
     return cast(tuple[PreTrainedModel, dict], AutoModelForCausalLM.from_pretrained(folder, **arguments))
 
 
@@ -95,6 +114,36 @@ def _find_shoal_class(folder: Path) -> str | None:
         return None
     config = json.loads(config_file.read_text())
     return config["architectures"][0] if any(name in config for name in modeling_shoal.OWN_MODULES) else None
+
+
+def make_skeleton(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model without its weights, from its configuration alone: parameters on the meta device.
+
+    Raises ValueError if there is no such configuration.
+    """
+    folder, extra = _locate(name, revision)
+    extra.pop("quantization_config", None)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **extra), dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"cannot read the configuration of {name!r}: {_explain(error)}") from error
+
+
+def is_memory_short(name: str, *, revision: str | None = None, dtype: str | None = None, num_copies: int = 1) -> bool:
+    """Whether this machine's free memory would not hold that many copies of the model and its moments.
+
+    False for models that cannot be streamed.
+    """
+    if name.endswith(".gguf") or _find_shoal_class(Path(name)):
+        return False
+    device = choose_device()
+    skeleton = make_skeleton(name, revision=revision, dtype=DTYPES[dtype] if dtype else choose_dtype(device))
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    weights = sum(p.nbytes for p in {id(p): p for p in skeleton.parameters()}.values())
+    config = skeleton.config.get_text_config(decoder=True)
+    # Four sets of two float64 matrices a block (see `shoal.moments`).
+    return num_copies * weights + 64 * config.num_hidden_layers * config.hidden_size**2 > free
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -127,9 +176,10 @@ def check_model(name: str, *, revision: str | None = None) -> None:
 def hash_weights(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of all parameters: equal hash, equal weights."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    for name, read in sorted(named_weights(model), key=lambda weight: weight[0]):
+        weight = read()
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+        digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -24,7 +24,9 @@ from transformers import PreTrainedModel
 
 from shoal.blocks import find_blocks, text_config, watch_boundaries
 from shoal.files import write_aside
+from shoal.flow import Flow
 from shoal.gram import Gram
+from shoal.on_disk import is_on_disk, named_weights, zeros_off_memory
 from shoal.text import TokenWindows
 
 # Ordinary tokens stay within 3 times the median norm, massive activations exceed 20 (SmolLM2-135M, Llama family).
@@ -136,11 +138,13 @@ def measure_moments(
 
     Moments add if they are of one model and one text: for shards, `text_sha256` is that of the whole text.
     With `save_to`, progress is kept there every 16 batches and the pass goes on from it when called again.
-    `on_progress` hears the number of windows done.
+    `on_progress` hears the number of windows done. Where the model's blocks are on disk, so are the moments.
     """
     # A window of its own half each, even where there are few windows.
     batch_size = max(1, min(batch_size, len(windows) // 2))
     source = f"{type(model).__name__}:{_sample_weights(model)}:{text_sha256 or windows.sha256}"
+    if is_on_disk(model):
+        return _measure_streamed(model, windows, batch_size, source, on_progress)
     moments = Moments.zeros(len(find_blocks(model)), text_config(model).hidden_size, source, model.device)
     if save_to and save_to.exists():
         moments = _resume(save_to, moments)
@@ -158,8 +162,8 @@ def measure_moments(
 def _sample_weights(model: PreTrainedModel) -> str:
     """A hash of 64 values of every parameter: other weights, other hash, without reading gigabytes."""
     digest = hashlib.sha256()
-    for parameter in model.parameters():
-        flat = parameter.detach().flatten()
+    for _, read in named_weights(model):
+        flat = read().flatten()
         digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
@@ -170,34 +174,105 @@ def _resume(path: Path, empty: Moments) -> Moments:
 
 
 def _add_batch(model: PreTrainedModel, ids_bt: Tensor, moments: Moments, *, held_out: bool) -> None:
-    ordinary = moments.held_ordinary if held_out else moments.ordinary
-    sinks = moments.held_sinks if held_out else moments.sinks
     window = ids_bt.shape[1]
     first_window: list[Tensor] = []
-    previous: list[tuple[Tensor, Tensor, Tensor]] = []
+    previous: list[_Rows] = []
 
     def visit(boundary: int, stream_btd: Tensor) -> None:
-        norm_n, ratio_bt = measure_norms(stream_btd)
-        moments.sink_norm_ratio[boundary] += ratio_bt.amax(dim=1).sum()
-        sink_n = find_sinks(ratio_bt)
-        # Widened once: a boundary is the y of one block and the x of the next.
-        y_nd = stream_btd.flatten(0, 1).to(torch.promote_types(stream_btd.dtype, torch.float32), copy=True)
-        first_window.append(torch.nn.functional.normalize(y_nd[:window], dim=-1))
+        y = _Rows.of(stream_btd)
+        moments.sink_norm_ratio[boundary] += y.largest_ratio
+        first_window.append(torch.nn.functional.normalize(y.rows_nd[:window], dim=-1))
         if previous:
-            x_nd, x_norm_n, x_sink_n = previous.pop()
-            pair, apart_n = boundary - 1, sink_n | x_sink_n
-            sinks.add(pair, x_nd[apart_n], y_nd[apart_n], held_dtype=stream_btd.dtype)
-            x_nd[apart_n] = 0
-            _add_row_statistics(moments, pair, (x_nd, x_norm_n), (y_nd, norm_n), ~apart_n)
-            ordinary.add(pair, x_nd, y_nd, ~apart_n, held_dtype=stream_btd.dtype)
-        previous.append((y_nd, norm_n, sink_n))
+            _add_pair(moments, boundary - 1, previous.pop(), y, held_out=held_out)
+        previous.append(y)
 
     with watch_boundaries(model, visit):
         model.base_model(input_ids=ids_bt, use_cache=False)
-    stacked = torch.stack(first_window)[:, 1:]
-    moments.similarity += (stacked.flatten(1) @ stacked.flatten(1).T).double()
-    moments.num_compared += window - 1
+    _add_similarity(moments, torch.stack(first_window)[:, 1:])
     moments.num_windows += len(ids_bt)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A batch's stream at one boundary: rows [N, d], widened once, as a boundary is the y of one block and the x of the
+    next; their norms and which are sinks [N]; the largest norm ratio of each window, summed; the dtype of the values."""
+
+    rows_nd: Tensor
+    norm_n: Tensor
+    sink_n: Tensor
+    largest_ratio: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, stream_btd: Tensor) -> Self:
+        norm_n, ratio_bt = measure_norms(stream_btd)
+        rows_nd = stream_btd.flatten(0, 1).to(torch.promote_types(stream_btd.dtype, torch.float32), copy=True)
+        return cls(rows_nd, norm_n, find_sinks(ratio_bt), ratio_bt.amax(dim=1).sum(), stream_btd.dtype)
+
+
+def _add_pair(moments: Moments, pair: int, x: _Rows, y: _Rows, *, held_out: bool) -> None:
+    """Adds one batch around one block; the sinks' rows of x are zero afterwards."""
+    apart_n = y.sink_n | x.sink_n
+    sinks = moments.held_sinks if held_out else moments.sinks
+    sinks.add(pair, x.rows_nd[apart_n], y.rows_nd[apart_n], held_dtype=x.dtype)
+    x.rows_nd[apart_n] = 0
+    _add_row_statistics(moments, pair, (x.rows_nd, x.norm_n), (y.rows_nd, y.norm_n), ~apart_n)
+    ordinary = moments.held_ordinary if held_out else moments.ordinary
+    ordinary.add(pair, x.rows_nd, y.rows_nd, ~apart_n, held_dtype=x.dtype)
+
+
+def _add_similarity(moments: Moments, unit_ltd: Tensor) -> None:
+    """Adds the cosines between boundaries for the same tokens, rows of unit norm [L+1, tokens, d]."""
+    flat = unit_ltd.flatten(1)
+    moments.similarity += (flat @ flat.T).to(moments.similarity)
+    moments.num_compared += unit_ltd.shape[1]
+
+
+def _measure_streamed(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    batch_size: int,
+    source: str,
+    on_progress: Callable[[int], None],
+) -> Moments:
+    """The same moments with all windows going through block after block: one block, and its moments, in memory."""
+    flow, width = Flow(model, windows.ids, batch_size), text_config(model).hidden_size
+    depth, device, dtype = len(flow.blocks), model.device, flow.stream[0].dtype
+    moments = _place_on_disk(Moments.zeros(depth, width, source, torch.device("meta")))
+    # Boundaries of the first window of each batch, for the similarities.
+    first_nltd = zeros_off_memory(len(flow.batches), depth + 1, windows.ids.shape[1], width, dtype=dtype)
+    for block in range(depth):
+        own = Moments.zeros(1, width, source, device)
+        for index, (x_btd, y_btd) in enumerate(flow.run(block)):
+            x, y = _Rows.of(x_btd), _Rows.of(y_btd)
+            if block == 0:
+                own.sink_norm_ratio[0] += x.largest_ratio
+                first_nltd[index, 0] = x_btd[0]
+            own.sink_norm_ratio[1] += y.largest_ratio
+            first_nltd[index, block + 1] = y_btd[0]
+            _add_pair(own, 0, x, y, held_out=index % 2 == 1)
+        for name, gram in own.grams.items():
+            for f in fields(gram):
+                getattr(getattr(moments, name), f.name)[block] = getattr(gram, f.name)[0]
+        moments.norm_ratio[block], moments.cosine[block] = own.norm_ratio[0], own.cosine[0]
+        moments.sink_norm_ratio[block : block + 2] += own.sink_norm_ratio.to(moments.sink_norm_ratio)
+        on_progress(len(windows) * (block + 1) // depth)
+    for first_ltd in first_nltd:
+        for rows_ltd in first_ltd[:, 1:].split(64, dim=1):
+            wide = rows_ltd.to(torch.promote_types(dtype, torch.float32))
+            _add_similarity(moments, torch.nn.functional.normalize(wide, dim=-1))
+    moments.num_windows = len(windows)
+    return moments
+
+
+def _place_on_disk(empty: Moments) -> Moments:
+    """Zeros on disk in the place of tensors without memory."""
+    for holder in (empty, *empty.grams.values()):
+        for f in fields(holder):
+            value = getattr(holder, f.name)
+            if isinstance(value, Tensor):
+                setattr(holder, f.name, zeros_off_memory(*value.shape, dtype=value.dtype))
+    return empty
 
 
 def measure_norms(stream_btd: Tensor) -> tuple[Tensor, Tensor]:

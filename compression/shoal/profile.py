@@ -10,7 +10,7 @@ from typing import Any
 from shoal.corpus import load_corpus, load_evaluation
 from shoal.evaluate import evaluate
 from shoal.linearity import RANKING, BlockLinearity, score_blocks
-from shoal.models import load_model, load_tokenizer, recipe_of
+from shoal.models import is_memory_short, load_model, load_tokenizer, recipe_of
 from shoal.moments import measure_moments
 from shoal.prepare import Listener, count_on, ignore
 from shoal.recipe import Evaluation, Text, Texts
@@ -54,14 +54,24 @@ class Profile:
 
 
 def profile_model(
-    name: str, texts: Texts, *, revision: str | None = None, dtype: str | None = None, listen: Listener = ignore
+    name: str,
+    texts: Texts,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    streamed: bool | None = None,
+    listen: Listener = ignore,
 ) -> Profile:
     """How linear every block of model `name` is on the calibration text.
+
+    `streamed`: with the blocks on disk, a block at a time in memory; if not given, where memory would be short.
 
     Raises ValueError for a model or text that cannot be used, or too few tokens.
     """
     listen("load", 0, 1)
-    model = load_model(name, revision=revision, dtype=dtype)
+    if streamed is None:
+        streamed = is_memory_short(name, revision=revision, dtype=dtype)
+    model = load_model(name, revision=revision, dtype=dtype, streamed=streamed)
     tokenizer = load_tokenizer(name, revision=revision)
     corpus = load_corpus(texts, tokenizer, model.config)
     listen("load", 1, 1)

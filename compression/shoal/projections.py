@@ -31,7 +31,7 @@ def walk_projections(
     blocks = find_blocks(model)
     batches = split_evenly(windows, model.device)
     with torch.no_grad():
-        _, calls = record_calls(model, batches[0])
+        calls = record_calls(model, batches[0])
         stream = [embed(model, ids) for ids in batches]
     for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
         inside = {id(module) for module in block.modules()}

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +18,7 @@ from shoal import modeling_shoal
 from shoal.blocks import check_block_indices, drop_blocks, find_blocks, find_down_proj, text_config
 from shoal.files import write_aside
 from shoal.modeling_shoal import LinearBlock, attach
+from shoal.on_disk import weights_on_disk
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
     for index, weight in replacement.down_proj.items():
         projection = find_down_proj(blocks[index], config.hidden_size)
         assert projection is not None
-        projection.weight.data = _as_stored(projection, weight).to(projection.weight)
+        _set_weight(blocks[index], projection, _as_stored(projection, weight))
     kept = [index for index in range(len(blocks)) if index not in replacement.blocks]
     drop_blocks(model, replacement.blocks)
     entries = []
@@ -147,6 +148,15 @@ def holds_own_modules(model: PreTrainedModel) -> bool:
     """Whether the model holds linear blocks or factored projections, which no stock architecture has."""
     config = text_config(model)
     return any(getattr(config, name, None) for name in modeling_shoal.OWN_MODULES)
+
+
+def _set_weight(block: nn.Module, projection: nn.Module, weight: Tensor) -> None:
+    on_disk = weights_on_disk(block)
+    if on_disk is None:
+        projection.weight.data = weight.to(projection.weight)
+        return
+    name = next(name for name, module in block.named_modules() if module is projection)
+    on_disk.weights_map[f"{name}.weight"] = weight
 
 
 def weight_of(projection) -> Tensor:

@@ -13,13 +13,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal import modeling_shoal
+from shoal.blocks import find_blocks
 from shoal.card import write_card
 from shoal.files import write_aside, write_text
+from shoal.on_disk import is_on_disk
 from shoal.recipe import Point, Recipe
 from shoal.replace import holds_own_modules
 
@@ -35,11 +38,22 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     with write_aside(folder) as aside:
         own = holds_own_modules(model)
         # Transformers renames some weights of its own classes on the way in and out, but not those of other classes.
-        model.save_pretrained(aside, save_original_format=not own)
+        # Shard by shard, where the blocks are on disk: a shard then holds about one block.
+        sharding = {"max_shard_size": _largest_part(model)} if is_on_disk(model) else {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            model.save_pretrained(aside, save_original_format=not own, **sharding)
         tokenizer.save_pretrained(aside)
         if own:
             _name_remote_code(aside, model)
         (aside / "recipe.json").write_text(recipe.model_dump_json(indent=2))
+
+
+def _largest_part(model: PreTrainedModel) -> int:
+    """Bytes of the model's largest block or other parameter."""
+    blocks = find_blocks(model)
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    return max(sizes + [p.nbytes for p in model.parameters()])
 
 
 def _name_remote_code(folder: Path, model: PreTrainedModel) -> None:

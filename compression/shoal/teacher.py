@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from shoal.blocks import text_config
 from shoal.files import write_aside
+from shoal.flow import read_logits
 from shoal.losses import TopTokens, find_normalizer
 from shoal.text import TokenWindows
 
@@ -91,15 +92,12 @@ def measure_targets(
     """The dense model's targets for `windows` in one pass; `on_progress` hears the windows done."""
     batch_size = choose_batch_size(model, windows.ids.shape[1])
     parts: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(windows), batch_size):
-        ids = windows.ids[start : start + batch_size].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits
+    for _, ids, logits in read_logits(model, windows, batch_size, on_progress):
         top = logits.topk(min(num_top, logits.shape[-1]))
         normalizer = find_normalizer(logits)[0]
         others = [normalizer if t == 1.0 else find_normalizer(logits, t)[0] for t in temperatures]
         nll = token_losses(logits, normalizer, ids)
         parts.append(tuple(t.cpu() for t in (top.indices.int(), top.values.float(), nll, *others)))
-        on_progress(min(start + batch_size, len(windows)))
     top_ids, top_logits, nll, *normalizers = (torch.cat(column) for column in zip(*parts, strict=True))
     return TeacherTargets(top_ids, top_logits, dict(zip(temperatures, normalizers, strict=True)), nll, windows.sha256)
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shoal.blocks import Call, embed, find_blocks, find_down_proj, record_calls, text_config, width_in
+from shoal.blocks import find_blocks, find_down_proj, text_config, width_in
+from shoal.calls import Call, embed, record_calls
 from shoal.fit import fit_affine, fit_down_proj
 from shoal.gram import Gram
 from shoal.moments import find_sinks, measure_norms
+from shoal.on_disk import hold, keep_off_memory, weights_on_disk
 from shoal.recipe import Kind
 from shoal.replace import AffineMap, Replacement, find_runs, weight_of
 from shoal.text import TokenWindows
@@ -51,7 +53,7 @@ def fit_in_order(
     if kind == "folded":
         _require_foldable(model, decoder, runs)
     batches = split_evenly(windows, model.device)
-    _, calls = record_calls(model, batches[0])
+    calls = record_calls(model, batches[0])
     teacher: Stream = [embed(model, ids) for ids in batches]
     student: Stream = teacher
     replacement = Replacement(blocks=tuple(sorted(blocks)))
@@ -70,14 +72,14 @@ def fit_in_order(
             if kind == "folded" and stop in runs:
                 stop = runs[stop].stop
             shared = student is teacher
-            aim = advance(decoder, calls, range(block, stop), teacher)
-            folds = stop > block + 1
             projection = find_down_proj(decoder[block], text_config(model).hidden_size)
-            if projection is not None and (folds or (refit_down_proj and not shared)):
-                student, weight = _refit_block(decoder[block], projection, calls[block], student, aim)
-                replacement.down_proj[block] = weight
-            else:
-                student = aim if shared else advance(decoder, calls, range(block, stop), student)
+            with hold(decoder[block]):
+                aim = advance(decoder, calls, range(block, stop), teacher)
+                if projection is not None and (stop > block + 1 or (refit_down_proj and not shared)):
+                    student, weight = _refit_block(decoder[block], projection, calls[block], student, aim)
+                    replacement.down_proj[block] = weight
+                else:
+                    student = aim if shared else advance(decoder, calls, range(block, stop), student)
             teacher, block = aim, stop
         on_progress(block)
     return replacement
@@ -91,7 +93,8 @@ def split_evenly(windows: TokenWindows, device: torch.device) -> list[Tensor]:
 
 def advance(decoder: nn.ModuleList, calls: list[Call], blocks: range, stream: Stream) -> Stream:
     for block in blocks:
-        stream = [calls[block].run(decoder[block], batch) for batch in stream]
+        with hold(decoder[block]):
+            stream = [calls[block].run(decoder[block], batch) for batch in stream]
     return stream
 
 
@@ -116,19 +119,28 @@ def _refit_block(
     block: nn.Module, projection: nn.Linear | Conv1D, call: Call, student: Stream, aim: Stream
 ) -> tuple[Stream, Tensor]:
     """The student's stream after the block with `down_proj` fitted toward the aim, and its new weight [out, in]."""
-    weight = weight_of(projection)
+    weight, on_disk = weight_of(projection), weights_on_disk(block) is not None
     gram = Gram.zeros(1, width_in(projection), weight.shape[0], weight.device)
     inputs: Stream = []
+    outputs: Stream = []
     hook = projection.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
     try:
-        outputs = [call.run(block, batch) for batch in student]
+        for batch, wanted in zip(student, aim, strict=True):
+            output = call.run(block, batch)
+            gram.add(0, inputs[-1].reshape(-1, inputs[-1].shape[-1]), (wanted - output).flatten(0, 1))
+            outputs.append(output)
+            if on_disk:  # memory is short: the inputs, several times as wide as the stream, are computed again
+                inputs.clear()
+        fitted = fit_down_proj(gram, weight).to(weight)
+        change = fitted - weight
+        for index, batch in enumerate(student):
+            if on_disk:
+                call.run(block, batch)
+            z_btf = inputs.pop() if on_disk else inputs[index]
+            outputs[index] = outputs[index] + (z_btf @ change.T).view_as(outputs[index])
     finally:
         hook.remove()
-    for z_btf, output, wanted in zip(inputs, outputs, aim, strict=True):
-        gram.add(0, z_btf.reshape(-1, z_btf.shape[-1]), (wanted - output).flatten(0, 1))
-    fitted = fit_down_proj(gram, weight).to(weight)
-    change = fitted - weight
-    return [out + (z @ change.T).view_as(out) for z, out in zip(inputs, outputs, strict=True)], fitted
+    return outputs, keep_off_memory(fitted) if on_disk else fitted
 
 
 def _require_foldable(model: PreTrainedModel, decoder: nn.ModuleList, runs: dict[int, range]) -> None:

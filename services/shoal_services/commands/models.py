@@ -17,6 +17,7 @@ from shoal_services.commands.options import (
     EvaluationTokens,
     Model,
     Revision,
+    Streamed,
     Tokens,
     TrainText,
     Window,
@@ -53,6 +54,7 @@ def profile(
     revision: Annotated[
         list[str], typer.Option(help="Branch, tag or commit of one Hub model; several are compared. Repeatable.")
     ] = [],  # noqa: B006
+    streamed: Streamed = None,
     page: Annotated[Path | None, typer.Option(help="Where to write the page; by default ./linearity-MODEL.html.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -84,7 +86,7 @@ def profile(
             def listen_for(stage: str, done: int, total: int, label: str = f"{model}@{one}" if one else model) -> None:
                 listen(f"{stage}, {label}" if len(models) + len(revisions) > 2 else stage, done, total)
 
-            measured.append(profile_model(model, texts, revision=one, dtype=dtype, listen=listen_for))
+            measured.append(profile_model(model, texts, revision=one, dtype=dtype, streamed=streamed, listen=listen_for))
     first = measured[0]
     page = page or Path(f"linearity-{Path(models[0]).name}.html")
     if len(measured) == 1:
@@ -125,6 +127,7 @@ def compress(
     dtype: Dtype = None,
     revision: Revision = None,
     seed: Annotated[int, typer.Option(help="Seed of the distillation.")] = 0,
+    streamed: Streamed = None,
     as_json: AsJson = False,
 ) -> None:
     """Make one smaller model: choose blocks, fit their replacements, thin the other weights, distil, evaluate, store.
@@ -138,6 +141,8 @@ def compress(
         shoal compress smollm2-135m -n 4 --kind folded --sparsity 2:4
 
         shoal compress smollm2-135m -n 0 --weight-share 0.8
+
+        shoal compress ./larger-than-memory -n 6 --streamed
 
         shoal compress ./my-llama --blocks 12,13,14 --text corpus.txt --evaluation-text held-out.txt
     """
@@ -169,7 +174,7 @@ def compress(
     )
     folder = out or Path(f"{Path(model).name}-{recipe.short_name}")
     with show_progress() as listen:
-        point = run(recipe, folder, texts=texts, listen=listen)
+        point = run(recipe, folder, texts=texts, streamed=streamed, listen=listen)
     if as_json:
         print(point.model_dump_json(indent=2))
         return

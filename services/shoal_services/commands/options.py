@@ -21,6 +21,14 @@ EvaluationTokens = Annotated[int, typer.Option(help="Tokens of each evaluation t
 Window = Annotated[int, typer.Option(help="Tokens per window in calibration and evaluation.")]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; by default what the hardware is fast at.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+Streamed = Annotated[
+    bool | None,
+    typer.Option(
+        "--streamed/--in-memory",
+        help="Keep the blocks on disk, one at a time in memory; by default where memory would be short.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]
 
 

@@ -1,0 +1,93 @@
+"""SmolLM2-135M compressed in a process that may not allocate as much as its float32 weights: minutes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from shoal.models import load_model, load_tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
+
+MIB = 2**20
+# Beyond what the imports hold; the weights alone take 513 MiB.
+LIMIT_MIB = 440
+
+# The limit is of private memory: files that are read or mapped in common do not count, the system can drop them.
+SCRIPT = """
+import json, re, resource, sys, threading
+from pathlib import Path
+import torch
+from shoal.compress import compress
+from shoal.recipe import Recipe, Texts
+
+def read(field):
+    return int(re.search(field + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+folder, out, train, held_out, limit, streamed = sys.argv[1:]
+torch.set_num_threads(1)
+torch.randn(8, 8) @ torch.randn(8, 8)
+before, held, peak, over = read("VmData"), read("RssAnon"), [0], threading.Event()
+if int(limit):
+    resource.setrlimit(resource.RLIMIT_DATA, (before + int(limit),) * 2)
+
+def watch():
+    while not over.wait(0.02):
+        peak[0] = max(peak[0], read("RssAnon") - held)
+
+threading.Thread(target=watch, daemon=True).start()
+texts = Texts(train=train, evaluation=held_out, window=256, calibration_tokens=10_240, evaluation_tokens=1_024,
+              selection_tokens=512)
+recipe = Recipe(base_model=folder, num_replaced=4, dtype="float32", selection="listed", blocks=(12, 13, 14, 15))
+point = compress(recipe, Path(out), texts=texts, streamed=streamed == "streamed")
+over.set()
+print(json.dumps({"peak": peak[0], "perplexity": point.perplexity, "dense": point.evaluations[0].dense_perplexity,
+                  "weights": point.dense_size.num_bytes, "seconds": point.seconds}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The model in float32, in shards of about a block."""
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    load_model("smollm2-135m", dtype="float32").save_pretrained(folder, max_shard_size="20MB")
+    load_tokenizer("smollm2-135m").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(folder) -> list[str]:
+    """Two texts out of the packaged one."""
+    from shoal.text import load_documents
+
+    documents = list(load_documents("wikipedia-sample").texts)
+    files = [folder.parent / "train.txt", folder.parent / "held-out.txt"]
+    for file, part in zip(files, (documents[::2], documents[1::2]), strict=True):
+        file.write_text("\n\n".join(part))
+    return [str(file) for file in files]
+
+
+def run(folder: Path, out: Path, texts: list[str], limit_mib: int, how: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(out), *texts, str(limit_mib * MIB), how]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_model_larger_than_the_limit_is_compressed(folder, texts, tmp_path):
+    done = run(folder, tmp_path / "out", texts, LIMIT_MIB, "streamed")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"\nfloat32 weights {found['weights'] / MIB:.0f} MiB, limit {LIMIT_MIB} MiB, peak {found['peak'] / MIB:.0f} MiB "
+        f"beyond the imports; perplexity {found['perplexity']:.2f}, dense {found['dense']:.2f}; {found['seconds']}"
+    )
+    assert found["peak"] < LIMIT_MIB * MIB < found["weights"]
+    assert found["dense"] < found["perplexity"] < 2 * found["dense"]
+
+
+def test_the_limit_stops_a_model_that_is_loaded_whole(folder, texts, tmp_path):
+    done = run(folder, tmp_path / "out", texts, LIMIT_MIB, "whole")
+    assert done.returncode != 0
+    assert "memory" in done.stderr.lower()
