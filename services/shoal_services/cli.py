@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoal_services.commands import machine, models, searches, serving
+from shoal_services.commands import kubernetes, machine, models, searches, serving
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False,
@@ -30,6 +30,7 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(serving.keys, name="keys")
+app.add_typer(kubernetes.k8s, name="k8s")
 
 
 def main() -> None:
