@@ -19,12 +19,7 @@ def check_manifests(manifests: list[Manifest], crds: Path | None = None) -> list
     Raises ValueError if the folder holds none, ImportError without kubernetes-validate.
     """
     problems = check_schemas(manifests, read_crds(crds) if crds else {})
+    problems = problems or [*check_operator_rules(manifests), *check_serve_config(manifests)]
     if problems:
-        return problems  # further checks take the objects' form for granted
-    return [
-        *check_operator_rules(manifests),
-        *check_serve_config(manifests),
-        *check_references(manifests),
-        *check_hardening(manifests),
-        *check_capacity(manifests),
-    ]
+        return problems  # further checks take the objects' form, and that of the Serve settings, for granted
+    return [*check_references(manifests), *check_hardening(manifests), *check_capacity(manifests)]
