@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shoal.blocks import embed, find_blocks, find_projections, record_calls
+from shoal.blocks import find_blocks, find_projections
+from shoal.calls import embed, record_calls
 from shoal.text import TokenWindows
 from shoal.walk import advance, split_evenly
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoal_services.commands import finetuning, jobs, machine, models, pretraining, quality, searches, serving
+from shoal_services.commands import finetuning, jobs, kubernetes, machine, models, pretraining, quality, searches, serving
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False,
@@ -32,6 +32,7 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(serving.keys, name="keys")
+app.add_typer(kubernetes.k8s, name="k8s")
 
 
 def main() -> None:

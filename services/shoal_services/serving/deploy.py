@@ -14,20 +14,20 @@ from typing import Any, NamedTuple, cast
 
 import ray
 from ray import serve
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 from shoal.recipe import fingerprint
 
 from shoal_services.cluster import connect
 from shoal_services.registry import REGISTRY, find_registered
 from shoal_services.serving.guard import KeyRing
-from shoal_services.serving.listener import DRAIN_S, Listener, bind
+from shoal_services.serving.listener import DRAIN_S, Listener, require_free_port
 from shoal_services.serving.observer import Observer
 from shoal_services.serving.settings import ServeSettings
 from shoal_services.serving.shelf import make_shelf
 from shoal_services.serving.sources import find_version
 from shoal_services.serving.variant import Variant
 
-GATEWAY, OBSERVER, SHELF = "gateway", "observer", "shelf"
+GATEWAY, OBSERVER, SHELF, VARIANT = "gateway", "observer", "shelf", "variant"
 # Calls on their way to being refused by a replica.
 REFUSED_AT_ONCE = 16
 CHECK_S = 120
@@ -42,8 +42,8 @@ class Served(NamedTuple):
     shelf: str | None = None
 
 
-class Endpoint:
-    """What is deployed, brought in line with the settings again and again."""
+class Fleet:
+    """The variants that are deployed, brought in line with the settings again and again. A subclass tells the gateway."""
 
     def __init__(self, settings: ServeSettings):
         self.settings = settings
@@ -51,35 +51,12 @@ class Endpoint:
         self._idle_since: dict[str, float] = {}
         self._broken: set[str] = set()
         self._said: set[str] = set()
-        self._started_ray = False
         self._observed = False
         self._shelved: dict[str, dict[str, Any]] = {}
-        self._told: dict[str, Any] | None = None
 
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return f"http://{self.settings.host}:{self.settings.port}"
-
-    def start(self, listen: Callable[[str, int, int], None]) -> None:
-        """Brings everything up; returns when every variant that has a replica is healthy.
-
-        Raises ValueError for a model that cannot be found or served, OSError if the port is taken.
-        """
-        _require_free_port(self.settings)
-        places = {name: resolve(v.model, self.settings.tracking_uri) for name, v in self.settings.variants.items()}
-        listen("start Ray", 0, 1)
-        self._started_ray = not ray.is_initialized()
-        connect(self.settings.address)
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
-        serve.start(proxy_location="Disabled", logging_config=logging_config)
-        listen("start Ray", 1, 1)
-        for done, (name, place) in enumerate(places.items()):
-            listen("start variants", done, len(places))
-            self._serve(name, place)
-        self._tell_gateway()
-        listen("start variants", len(places), len(places))
+    def tell(self, config: dict[str, Any]) -> None:
+        """Lets the gateways know what there is: the argument of `Gateway.reconfigure`."""
+        raise NotImplementedError
 
     def reconcile(self, settings: ServeSettings | None = None) -> list[str]:
         """Rolls out what has changed: settings, aliases of the registry, folders. Returns what was done, in words.
@@ -101,15 +78,9 @@ class Endpoint:
         for name in set(self.served) - set(self.settings.variants):
             del self.served[name]
             done.append(f"{name} is not served any more")
-        self._tell_gateway()
+        self.tell(self.describe())
         self._retire()
         return done
-
-    def stop(self) -> None:
-        """Lets running requests finish, then ends Serve, and Ray where it was started here."""
-        serve.shutdown()
-        if self._started_ray:
-            ray.shutdown()
 
     def _serve(self, name: str, place: str) -> bool:
         """Makes sure that variant `name` is served from `place`; False if it was already."""
@@ -120,7 +91,7 @@ class Endpoint:
             return False
         if variant.shared:
             self._put_on_shelf(served.app, {"name": name, "place": place, "variant": variant.model_dump()})
-        elif served.app not in self._idle_since:
+        elif not _is_running(served.app):
             try:
                 serve.run(_make_variant(name, place, self.settings), name=served.app, route_prefix=None)
             except RuntimeError as error:
@@ -155,7 +126,8 @@ class Endpoint:
     def _retire(self) -> None:
         """Ends applications that no variant has used for `rollback_s`; their requests finish first."""
         in_use, now = {served.app for served in self.served.values()}, time.monotonic()
-        for app in set(serve.status().applications) - in_use - {GATEWAY, OBSERVER, SHELF}:
+        deployed = serve.status().applications
+        for app in {name for name, status in deployed.items() if set(status.deployments) == {VARIANT}} - in_use:
             if now - self._idle_since.setdefault(app, now) > self.settings.rollback_s:
                 serve.delete(app, _blocking=False)
                 del self._idle_since[app]
@@ -179,26 +151,68 @@ class Endpoint:
             self._observed = True
         return OBSERVER
 
-    def _tell_gateway(self) -> None:
-        """Deploys the gateway, or tells it what changed: with an equal version Serve only calls `reconfigure`."""
+    def describe(self) -> dict[str, Any]:
+        """What the gateway has to know, of what is served by now. Raises ValueError if the key file cannot be read."""
+        settings, served = self.settings, self.served
         variants = {
             name: {
-                "app": served.app,
-                "shelf": served.shelf,
-                "source": served.place,
-                **self.settings.variants[name].model_dump(include={"perplexity", "num_parameters"}),
+                "app": one.app,
+                "shelf": one.shelf,
+                "source": one.place,
+                **settings.variants[name].model_dump(include={"perplexity", "num_parameters"}),
             }
-            for name, served in self.served.items()
+            for name, one in served.items()
         }
-        shadows = {name: shadow.model_dump() for name, shadow in self.settings.shadows.items()}
-        config: dict[str, Any] = {
+        routes = {
+            route: {name: weight for name, weight in weights.items() if name in served}
+            for route, weights in settings.routes.items()
+        }
+        keys = KeyRing.load(settings.keys).keys if settings.keys else []
+        return {
             "variants": variants,
-            "routes": self.settings.routes,
-            "shadows": shadows,
+            "routes": {route: weights for route, weights in routes.items() if any(weights.values())},
+            "shadows": {n: s.model_dump() for n, s in settings.shadows.items() if {n, s.variant} <= set(served)},
             "observer": self._observe(),
+            "limits": settings.limits.model_dump(),
+            "keys": [key.model_dump() for key in keys],
         }
-        keys = KeyRing.load(self.settings.keys).keys if self.settings.keys else []
-        config |= {"limits": self.settings.limits.model_dump(), "keys": [key.model_dump() for key in keys]}
+
+
+class Endpoint(Fleet):
+    """A fleet with a gateway that listens on a port of this machine."""
+
+    def __init__(self, settings: ServeSettings):
+        super().__init__(settings)
+        self._started_ray = False
+        self._told: dict[str, Any] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://{self.settings.host}:{self.settings.port}"
+
+    def start(self, listen: Callable[[str, int, int], None]) -> None:
+        """Brings everything up; returns when every variant that has a replica is healthy.
+
+        Raises ValueError for a model that cannot be found or served, OSError if the port is taken.
+        """
+        require_free_port(self.settings.host, self.settings.port)
+        places = {name: resolve(v.model, self.settings.tracking_uri) for name, v in self.settings.variants.items()}
+        listen("start Ray", 0, 1)
+        self._started_ray = not ray.is_initialized()
+        connect(self.settings.address)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        serve.start(proxy_location="Disabled", logging_config=logging_config)
+        listen("start Ray", 1, 1)
+        for done, (name, place) in enumerate(places.items()):
+            listen("start variants", done, len(places))
+            self._serve(name, place)
+        self.tell(self.describe())
+        listen("start variants", len(places), len(places))
+
+    def tell(self, config: dict[str, Any]) -> None:
+        """Deploys the gateway, or tells it what changed: with an equal version Serve only calls `reconfigure`."""
         if config == self._told:
             return
         deployment = cast(serve.Deployment, serve.deployment(Listener)).options(
@@ -209,20 +223,22 @@ class Endpoint:
         serve.run(deployment.bind(self.settings.host, self.settings.port), name=GATEWAY, route_prefix=None)
         self._told = config
 
+    def stop(self) -> None:
+        """Lets running requests finish, then ends Serve, and Ray where it was started here."""
+        serve.shutdown()
+        if self._started_ray:
+            ray.shutdown()
+
 
 def resolve(model: str, tracking_uri: str | None) -> str:
     """Where a model's weights are. Raises ValueError for a registry name that leads nowhere."""
     return find_registered(model, tracking_uri) if model.startswith(REGISTRY) else model
 
 
-def _require_free_port(settings: ServeSettings) -> None:
-    """Raises OSError if something listens there already."""
-    try:
-        bind(settings.host, settings.port, shared=False).close()
-    except OSError as error:
-        raise OSError(
-            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another --port or --host"
-        ) from error
+def _is_running(app: str) -> bool:
+    """Whether it serves already: it was rolled back to, or somebody before us has deployed it."""
+    status = serve.status().applications.get(app)
+    return status is not None and status.status == ApplicationStatus.RUNNING
 
 
 def _make_variant(name: str, place: str, settings: ServeSettings) -> serve.Application:
@@ -237,7 +253,7 @@ def _make_variant(name: str, place: str, settings: ServeSettings) -> serve.Appli
             }
         }  # fmt: skip
     deployment = cast(serve.Deployment, serve.deployment(Variant)).options(
-        name="variant",
+        name=VARIANT,
         # The replica itself refuses what is over its limits; behind this, requests wait only where none is up.
         max_ongoing_requests=limits.max_batch_size + limits.max_queued + REFUSED_AT_ONCE,
         max_queued_requests=max(1, limits.max_queued),  # Serve refuses everything at 0

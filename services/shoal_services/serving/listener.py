@@ -65,3 +65,11 @@ def bind(host: str, port: int, *, shared: bool) -> socket.socket:
         made.close()
         raise
     return made
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raises OSError if something listens there already."""
+    try:
+        bind(host, port, shared=False).close()
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port or --host") from error

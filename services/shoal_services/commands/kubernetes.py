@@ -1,0 +1,73 @@
+"""`shoal k8s render` and `shoal k8s check`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+k8s = typer.Typer(
+    no_args_is_help=True,
+    help="Searches and manifests for Kubernetes with KubeRay.\n\nExamples:\n\n"
+    "    shoal k8s render tune_configs/demo.yaml\n\n    shoal k8s check k8s",
+)
+
+
+@k8s.command()
+def render(
+    config: Annotated[Path, typer.Argument(help="A search: a YAML file as in tune_configs/.")],
+    namespace: Annotated[str, typer.Option(help="Namespace to run in.")] = "shoal",
+    image: Annotated[str | None, typer.Option(help="Image; by default shoal, tagged with Ray's version.")] = None,
+    claim: Annotated[str, typer.Option(help="PersistentVolumeClaim that all pods share.")] = "shoal-storage",
+    tracking_uri: Annotated[str, typer.Option(help="MLflow server, as pods reach it.")] = "http://mlflow:5000",
+    queue: Annotated[str, typer.Option(help="Kueue's queue; '' for none.")] = "shoal",
+    memory: Annotated[str, typer.Option(help="Memory of a worker pod.")] = "8Gi",
+) -> None:
+    """Print the RayJob for one search: a Ray cluster of the size that `run` asks for, gone when the search ends.
+
+    Apply it again after a failure or a change of `run`: the search goes on where it stopped.
+
+    Examples:
+
+        shoal k8s render tune_configs/demo.yaml | kubectl apply -f -
+
+        shoal k8s render tune_configs/qwen3-8b.yaml --image registry.example.com/shoal-cuda:2.60.0 --memory 96Gi
+    """
+    from shoal_services.config import load_config
+    from shoal_services.k8s.render import Place, render_search, write_yaml
+
+    place = Place(namespace, image, claim, tracking_uri, queue or None, memory)
+    print(write_yaml(render_search(load_config(config), config.read_text(encoding="utf-8"), place)), end="")
+
+
+@k8s.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="Kustomization, folder or file of manifests; - for standard input.")],
+    crds: Annotated[
+        Path | None, typer.Option(envvar="SHOAL_KUBERAY_CRDS", help="Folder of KubeRay's CRDs: unknown fields are errors.")
+    ] = None,
+) -> None:
+    """Check manifests before a cluster sees them; exit code 1 if anything is wrong.
+
+    Kubernetes' schemas, the rules that KubeRay's operator enforces, the Serve configuration, what objects say of each
+    other, and what a `restricted` namespace admits.
+
+    Examples:
+
+        shoal k8s check k8s/overlays/gpu
+
+        kubectl kustomize k8s | shoal k8s check -
+    """
+    from shoal_services.k8s.checks import check_manifests
+    from shoal_services.k8s.manifests import parse_manifests, read_manifests
+
+    stdin = str(folder) == "-"
+    manifests = parse_manifests(sys.stdin.read(), "standard input") if stdin else read_manifests(folder)
+    problems = check_manifests(manifests, crds)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise typer.Exit(1)
+    print(f"{len(manifests)} objects, nothing wrong", file=sys.stderr)

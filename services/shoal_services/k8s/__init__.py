@@ -1,0 +1,1 @@
+"""Kubernetes: the RayJob of a search, and checks of manifests before a cluster sees them."""

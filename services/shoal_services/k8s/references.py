@@ -1,0 +1,216 @@
+"""What objects say of each other: images and versions, claims, secrets, accounts, services, ports, selectors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+from shoal_services.complaints import suggest
+from shoal_services.k8s.manifests import CLUSTERS, Manifest, Pod, Problem, iter_clusters, iter_pods, name_of
+from shoal_services.k8s.serve_config import SERVE_PORT, read_applications
+
+# Made by hand before anything is applied, as README.md says; their values are in no manifest.
+SECRETS = {
+    "shoal-ray-token": {"auth_token"},
+    "shoal-postgres": {"password"},
+    "shoal-mlflow": {"username", "password", "flask-key"},
+    "shoal-api-keys": {"keys.json"},
+    "shoal-hub": {"token"},
+}
+URL = re.compile(r"https?://([a-z][-a-z0-9.]*)(?::(\d+))?")
+MOUNT = "/mnt/shoal"
+# Searches come and go with `shoal k8s render`; policies for their pods are there before.
+SEARCH_LABELS = {"app.kubernetes.io/part-of": "shoal", "app.kubernetes.io/component": "search"}
+SEARCH_POD = Pod({}, "", {"metadata": {"labels": SEARCH_LABELS}})
+
+
+def check_references(manifests: list[Manifest]) -> list[Problem]:
+    """References that lead nowhere, and things that must be equal and are not."""
+    pods = [pod for manifest in manifests for pod in iter_pods(manifest)]
+    return [
+        *_check_names(manifests),
+        *_check_images(manifests, pods),
+        *_check_volumes(manifests, pods),
+        *_check_secrets(manifests, pods),
+        *_check_urls(manifests, pods),
+        *_check_selectors(manifests, pods),
+    ]
+
+
+def _names(manifests: list[Manifest], kind: str) -> dict[str, Manifest]:
+    return {manifest["metadata"]["name"]: manifest for manifest in manifests if manifest["kind"] == kind}
+
+
+def _check_names(manifests: list[Manifest]) -> Iterator[Problem]:
+    """No object twice, all in one namespace."""
+    seen: set[tuple[str, str]] = set()
+    namespaces = {m["metadata"].get("namespace") for m in manifests if "namespace" in m["metadata"]}
+    for manifest in manifests:
+        key = manifest["kind"], manifest["metadata"]["name"]
+        if key in seen:
+            yield Problem("names", name_of(manifest), "is there twice")
+        seen.add(key)
+    if len(namespaces) > 1:
+        told = ", ".join(sorted(str(n) for n in namespaces))
+        yield Problem("names", "all", f"namespaces {told}: a short service name leads nowhere from another namespace")
+
+
+def _check_images(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Problem]:
+    for manifest in manifests:
+        for cluster in iter_clusters(manifest):
+            if cluster.get("rayVersion") != version("ray"):
+                message = f"rayVersion {cluster.get('rayVersion')!r} is not {version('ray')}, which Shoal is installed with"
+                yield Problem("versions", name_of(manifest), message)
+    for pod in pods:
+        for container in pod.containers:
+            image = container.get("image", "")
+            name, _, tag = image.rpartition(":")
+            if not name or tag == "latest" or "/" in tag:
+                yield Problem("versions", pod.where, f"image {image!r} must have a tag, and another than 'latest'")
+            elif pod.owner["kind"] in CLUSTERS and tag != version("ray"):
+                yield Problem("versions", pod.where, f"image {image!r} is not tagged {version('ray')}, the version of Ray")
+
+
+def _check_volumes(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Problem]:
+    claims, config_maps, accounts = (_names(manifests, k) for k in ("PersistentVolumeClaim", "ConfigMap", "ServiceAccount"))
+    templates = {
+        template["metadata"]["name"]
+        for manifest in manifests
+        for template in manifest.get("spec", {}).get("volumeClaimTemplates", [])
+    }
+    shared: dict[str, set[str]] = {}
+    for pod in pods:
+        spec, volumes = pod.template["spec"], {volume["name"]: volume for volume in pod.template["spec"].get("volumes", [])}
+        account = spec.get("serviceAccountName")
+        if account not in accounts:
+            yield Problem(
+                "references", pod.where, f"serviceAccountName {account!r} is not there{suggest(str(account), accounts)}"
+            )
+        for volume in volumes.values():
+            claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+            config_map = volume.get("configMap", {}).get("name")
+            if claim and claim not in claims:
+                yield Problem("references", pod.where, f"claim {claim!r} is not there{suggest(claim, claims)}")
+            if config_map and config_map not in config_maps:
+                yield Problem(
+                    "references", pod.where, f"ConfigMap {config_map!r} is not there{suggest(config_map, config_maps)}"
+                )
+            if claim:
+                shared.setdefault(claim, set()).add(pod.where)
+        for container in pod.containers:
+            yield from _check_mounts(pod, container, set(volumes) | templates)
+    for claim, users in shared.items():
+        if len(users) > 1 and claim in claims and "ReadWriteMany" not in claims[claim]["spec"]["accessModes"]:
+            yield Problem(
+                "storage", f"PersistentVolumeClaim/{claim}", f"{len(users)} pods mount it: it must be ReadWriteMany"
+            )
+
+
+def _check_mounts(pod: Pod, container: Manifest, known: set[str]) -> Iterator[Problem]:
+    mounts = {mount["name"]: mount["mountPath"] for mount in container.get("volumeMounts", [])}
+    for name in sorted(set(mounts) - known):
+        yield Problem("references", pod.where, f"mounts volume {name!r}, which the pod has not{suggest(name, known)}")
+    if pod.owner["kind"] in CLUSTERS and pod.part != "submitter" and container in pod.template["spec"]["containers"]:
+        storage = mounts.get("storage")
+        if storage != MOUNT:
+            yield Problem("storage", pod.where, f"shared storage is at {storage!r}; it must be at {MOUNT} in every Ray pod")
+
+
+def _check_secrets(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Problem]:
+    """References lead to secrets and keys that README.md tells to make."""
+    for pod in pods:
+        for container in pod.containers:
+            for variable in container.get("env", []):
+                if reference := variable.get("valueFrom", {}).get("secretKeyRef"):
+                    yield from _check_secret(pod.where, reference["name"], reference["key"])
+        for volume in pod.template["spec"].get("volumes", []):
+            if name := volume.get("secret", {}).get("secretName"):
+                for item in volume["secret"].get("items", [{}]):
+                    yield from _check_secret(pod.where, name, item.get("key"))
+    for manifest in manifests:
+        for cluster in iter_clusters(manifest):
+            if name := cluster.get("authOptions", {}).get("secretName"):
+                yield from _check_secret(name_of(manifest), name, "auth_token")
+
+
+def _check_secret(where: str, name: str, key: str | None) -> Iterator[Problem]:
+    if name not in SECRETS:
+        yield Problem(
+            "references", where, f"secret {name!r} is not one that README.md tells to make{suggest(name, SECRETS)}"
+        )
+    elif key is not None and key not in SECRETS[name]:
+        yield Problem("references", where, f"secret {name!r} has no key {key!r}{suggest(key, SECRETS[name])}")
+
+
+def _check_urls(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Problem]:
+    """Service names in URLs exist, on these ports; the port of a service is one that its pods open."""
+    services = _names(manifests, "Service")
+    texts = [(name_of(m), text) for m in manifests for text in _list_urls_of(m)]
+    for where, text in texts:
+        for host, port in URL.findall(text):
+            name = host.split(".")[0]
+            if "." in host and not host.endswith((".svc", ".svc.cluster.local")):
+                continue
+            if name not in services:
+                yield Problem("references", where, f"{text!r}: there is no service {name!r}{suggest(name, services)}")
+            elif port and int(port) not in {p["port"] for p in services[name]["spec"]["ports"]}:
+                yield Problem("references", where, f"{text!r}: service {name!r} has no port {port}")
+    for name, service in services.items():
+        opened = {
+            key
+            for pod in pods
+            if _matches({"matchLabels": service["spec"].get("selector", {})}, pod)
+            for container in pod.containers
+            for port in container.get("ports", [])
+            for key in (port.get("name"), port["containerPort"])
+        }
+        for port in service["spec"]["ports"]:
+            target = port.get("targetPort", port["port"])
+            if target not in opened:
+                yield Problem(
+                    "references", f"Service/{name}", f"port {port['port']} leads to {target!r}, which no pod opens"
+                )
+
+
+def _list_urls_of(manifest: Manifest) -> list[str]:
+    """Where a URL of ours may stand: a job's entrypoint, the Serve settings' tracking server."""
+    if manifest["kind"] == "RayJob":
+        return [manifest["spec"].get("entrypoint", "")]
+    if manifest["kind"] == "RayService":
+        return [a["args"]["tracking_uri"] for a in read_applications(manifest) if a.get("args", {}).get("tracking_uri")]
+    return []
+
+
+def _check_selectors(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Problem]:
+    """Every policy and budget selects something, every pod is under a policy, and the port of Serve is open."""
+    policies = [manifest for manifest in manifests if manifest["kind"] == "NetworkPolicy"]
+    for manifest in [*policies, *(m for m in manifests if m["kind"] == "PodDisruptionBudget")]:
+        selector = manifest["spec"].get("podSelector", manifest["spec"].get("selector", {}))
+        if pods and not any(_matches(selector, pod) for pod in [*pods, SEARCH_POD]):
+            yield Problem("references", name_of(manifest), f"selects no pod: {selector}")
+    for pod in pods if policies else ():
+        own = [p for p in policies if p["spec"]["podSelector"] and _matches(p["spec"]["podSelector"], pod)]
+        if not own:
+            yield Problem("network", pod.where, "no NetworkPolicy is for this pod; it would be cut off, or open to all")
+        elif pod.owner["kind"] == "RayService" and SERVE_PORT not in _list_ports(own):
+            yield Problem("network", pod.where, f"no NetworkPolicy lets anybody reach port {SERVE_PORT}")
+    if policies and not any(p["spec"]["podSelector"] == {} and not p["spec"].get("ingress") for p in policies):
+        yield Problem("network", "NetworkPolicy", "none denies what the others do not allow (podSelector: {}, no ingress)")
+
+
+def _list_ports(policies: list[Manifest]) -> set[Any]:
+    rules = [rule for policy in policies for rule in policy["spec"].get("ingress", [])]
+    return {port.get("port") for rule in rules for port in rule.get("ports", [])}
+
+
+def _matches(selector: Manifest, pod: Pod) -> bool:
+    """Whether a label selector selects the pod."""
+    labels = pod.template.get("metadata", {}).get("labels", {})
+    for expression in selector.get("matchExpressions", []):
+        if expression["operator"] == "In" and labels.get(expression["key"]) not in expression["values"]:
+            return False
+        if expression["operator"] == "Exists" and expression["key"] not in labels:
+            return False
+    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())

@@ -1,0 +1,178 @@
+"""One search as a RayJob: its YAML in a ConfigMap, a Ray cluster of the size that its `run` asks for."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from shoal_services.config import Run, SearchConfig
+from shoal_services.k8s.manifests import Manifest
+
+MOUNT = "/mnt/shoal"
+CONFIG_FOLDER = "/etc/shoal/search"
+# KubeRay's limit, so that what it derives from the name fits a label.
+MAX_NAME = 47
+HEAD = {"cpu": "2", "memory": "8Gi"}
+SUBMITTER = {"cpu": "500m", "memory": "512Mi"}
+GRACE_S = 60
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a search runs: names of things that are in the cluster already, and the memory of a worker."""
+
+    namespace: str = "shoal"
+    image: str | None = None
+    claim: str = "shoal-storage"
+    tracking_uri: str = "http://mlflow:5000"
+    queue: str | None = "shoal"
+    memory: str = "8Gi"
+
+    @property
+    def pinned_image(self) -> str:
+        """The image; by default Shoal's, tagged with the version of Ray that is installed here."""
+        return self.image or f"shoal:{version('ray')}"
+
+
+def render_search(config: SearchConfig, text: str, place: Place) -> list[Manifest]:
+    """ConfigMap and RayJob for the search that `text` (the YAML of `config`) describes.
+
+    Raises ValueError for a name that is too long for Kubernetes.
+    """
+    name = f"search-{re.sub('[^a-z0-9]+', '-', config.name.lower()).strip('-')}"
+    if len(name) > MAX_NAME:
+        raise ValueError(f"name: {config.name!r} is too long for a RayJob ({len(name)} letters); choose one of 40 or fewer")
+    labels = {"app.kubernetes.io/part-of": "shoal", "app.kubernetes.io/component": "search"}
+    metadata = {"name": name, "namespace": place.namespace, "labels": labels}
+    config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"search.yaml": text}}
+    queue = {"kueue.x-k8s.io/queue-name": place.queue} if place.queue else {}
+    job = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {**metadata, "labels": labels | queue},
+        "spec": {
+            "entrypoint": f"shoal search {CONFIG_FOLDER}/search.yaml --address auto --storage {MOUNT}/runs "
+            f"--tracking-uri {shlex.quote(place.tracking_uri)}",
+            "submissionMode": "K8sJobMode",
+            "submitterConfig": {"backoffLimit": 5},
+            "submitterPodTemplate": _make_submitter(place, labels),
+            # A search goes on where it stopped: another cluster may finish it.
+            "backoffLimit": 2,
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 600,
+            "preRunningDeadlineSeconds": 1800,
+            "rayClusterSpec": _make_cluster(config.run, name, place, labels),
+        },
+    }
+    return [config_map, job]
+
+
+def write_yaml(manifests: list[Manifest]) -> str:
+    """YAML documents, long texts as blocks."""
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def write_text(dumper: Dumper, text: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+    Dumper.add_representer(str, write_text)
+    return yaml.dump_all(manifests, Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
+def _make_cluster(run: Run, name: str, place: Place, labels: dict[str, str]) -> Manifest:
+    replicas, resources = size_workers(run, place.memory)
+    config = {"name": "config", "configMap": {"name": name}}
+    group = {
+        "groupName": "workers",
+        "replicas": replicas,
+        "minReplicas": replicas,
+        "maxReplicas": replicas,
+        "rayStartParams": {},
+        "template": make_pod(_make_container("ray-worker", place, resources), labels, _find_volumes(place)),
+    }
+    head = _make_container("ray-head", place, HEAD)
+    head["ports"] = [{"name": n, "containerPort": p} for n, p in {"gcs": 6379, "dashboard": 8265, "metrics": 8080}.items()]
+    head["volumeMounts"].append({"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True})
+    return {
+        "rayVersion": version("ray"),
+        "authOptions": {"mode": "token", "secretName": "shoal-ray-token"},
+        "headGroupSpec": {
+            # The head holds Ray's own processes and the search's; work goes to the workers.
+            "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
+            "template": make_pod(head, labels, [*_find_volumes(place), config]),
+        },
+        "workerGroupSpecs": [group],
+    }
+
+
+def size_workers(run: Run, memory: str) -> tuple[int, dict[str, str]]:
+    """How many worker pods, and what each has: a pod for each Ray Train worker, or for those that share its GPU."""
+    per_pod = int(1 // run.gpus_per_worker) if 0 < run.gpus_per_worker < 1 else 1
+    total = run.num_workers * (run.max_concurrent_trials or 1)
+    resources = {"cpu": str(math.ceil(run.cpus_per_worker * per_pod)), "memory": memory}
+    if run.gpus_per_worker:
+        resources["nvidia.com/gpu"] = str(math.ceil(run.gpus_per_worker))
+    return math.ceil(total / per_pod), resources
+
+
+def make_pod(container: Manifest, labels: dict[str, str], volumes: list[Manifest]) -> Manifest:
+    """A pod template that the `restricted` Pod Security Standard admits."""
+    return {
+        "metadata": {"labels": labels},
+        "spec": {
+            "serviceAccountName": "shoal-ray",
+            "automountServiceAccountToken": False,
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": GRACE_S,
+            "securityContext": {
+                "runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000,
+                "fsGroupChangePolicy": "OnRootMismatch", "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [container],
+            "volumes": volumes,
+        },
+    }  # fmt: skip
+
+
+def _make_container(name: str, place: Place, resources: dict[str, str]) -> Manifest:
+    def secret(key: str, *, name: str, optional: bool = False) -> Manifest:
+        reference = {"name": name, "key": key} | ({"optional": True} if optional else {})
+        return {"valueFrom": {"secretKeyRef": reference}}
+
+    return {
+        "name": name,
+        "image": place.pinned_image,
+        "securityContext": {
+            "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+        },
+        "env": [
+            {"name": "HOME", "value": "/tmp"},
+            {"name": "SHOAL_CACHE", "value": f"{MOUNT}/cache/shoal"},
+            {"name": "HF_HOME", "value": f"{MOUNT}/cache/huggingface"},
+            {"name": "HF_TOKEN", **secret("token", name="shoal-hub", optional=True)},
+            {"name": "MLFLOW_TRACKING_USERNAME", **secret("username", name="shoal-mlflow")},
+            {"name": "MLFLOW_TRACKING_PASSWORD", **secret("password", name="shoal-mlflow")},
+        ],
+        "resources": {"requests": resources, "limits": resources},
+        "volumeMounts": [{"name": "storage", "mountPath": MOUNT}, {"name": "tmp", "mountPath": "/tmp"}],
+    }  # fmt: skip
+
+
+def _find_volumes(place: Place) -> list[Manifest]:
+    storage = {"name": "storage", "persistentVolumeClaim": {"claimName": place.claim}}
+    return [storage, {"name": "tmp", "emptyDir": {"sizeLimit": "20Gi"}}]
+
+
+def _make_submitter(place: Place, labels: dict[str, str]) -> Manifest:
+    container = _make_container("ray-job-submitter", place, SUBMITTER)
+    container["env"] = container["env"][:1]
+    container["volumeMounts"] = container["volumeMounts"][1:]
+    return make_pod(container, labels, _find_volumes(place)[1:])
