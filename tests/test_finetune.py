@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -13,10 +16,9 @@ from shoal.labelled import Labelled, Preferences, load_labelled, load_preference
 from shoal.models import load_model, load_tokenizer
 from shoal.profile import profile_model
 from shoal.recipe import Texts
-from shoal_services.config import Run
-from shoal_services.finetuning import MEASURES, FinetuningJob, run_finetuning
-from shoal_services.linearity_page import write_comparison_page
+from shoal_services.finetuning.results import MEASURES
 
+SHOAL = Path(sys.executable).with_name("shoal")
 FAST = Finetuning(learning_rate=3e-3, num_epochs=3, batch_size=16, max_length=32)
 
 
@@ -122,22 +124,25 @@ def test_a_batch_that_workers_cannot_share_is_refused(tmp_path: Path):
         FinetuningRun(model, tokenizer, make_labelled().split(0.2), FAST, folder=tmp_path, world_size=3)
 
 
-def test_linearity_before_and_after_over_seeds(ray_cluster: None, tmp_path: Path):
+def test_linearity_before_and_after_over_seeds(tmp_path: Path, tiny_random: str):
     labelled = make_labelled(64)
     rows = [{"text": t, "label": label} for t, label in zip(labelled.texts, labelled.labels, strict=True)]
-    job = FinetuningJob(
-        name="ends", model="tiny-random", dtype="float32", data=write_rows(tmp_path / "ends.jsonl", rows), seeds=(0, 1),
-        finetuning=FAST.model_copy(update={"num_epochs": 1}), run=Run(storage=tmp_path),
-        texts=Texts(calibration_tokens=8192, window=128, selection_tokens=1024),
-    )  # fmt: skip
-    finetuned = run_finetuning(job, lambda *_: None)
-    assert [result.seed for result in finetuned.results] == [0, 1]
-    assert len({result.held_out_loss for result in finetuned.results}) == 2, "seeds differ"
+    data = write_rows(tmp_path / "ends.jsonl", rows)
+    command = [
+        str(SHOAL), "finetune", tiny_random, "--data", data, "--num-seeds", "2", "--num-cpus", "2",
+        "--storage", str(tmp_path), "--name", "ends", "--window", "128", "--calibration-tokens", "8192", "--json",
+        "--learning-rate", "0.003", "--dtype", "float32", "--max-length", "32",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [seed["assignment"]["seed"] for seed in told["seeds"]] == [0, 1]
+    assert told["seeds"][0]["held_out_loss"] != told["seeds"][1]["held_out_loss"]
     for field in MEASURES:
-        mean, error = finetuned.change(field)
-        assert mean != 0 and error > 0
-    profiled = profile_model(finetuned.results[0].model, job.texts, dtype="float32")
-    assert profiled.mean("score") == pytest.approx(finetuned.results[0].mean("score"), abs=1e-9)
-    write_comparison_page(tmp_path / "page.html", finetuned.profiles())
-    with pytest.raises(ValueError, match="finetuning differ"):
-        run_finetuning(job.model_copy(update={"finetuning": FAST}), lambda *_: None)
+        assert told["change"][field]["mean"] != 0 and told["change"][field]["standard_error"] > 0
+    texts = Texts(calibration_tokens=8192, window=128)
+    profiled = profile_model(told["seeds"][0]["model"], texts, dtype="float32")
+    assert profiled.mean("score") == pytest.approx(fmean(block["score"] for block in told["seeds"][0]["blocks"]), abs=1e-9)
+    assert (tmp_path / "ends" / "linearity.html").stat().st_size > 10_000
+    again = subprocess.run([*command, "--num-epochs", "2"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 1 and "finetuning differ" in again.stderr

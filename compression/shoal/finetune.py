@@ -10,20 +10,28 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from shoal.files import write_aside
 from shoal.labelled import Labelled, Preferences
+from shoal.prepare import Listener, ignore
 from shoal.recipe import Distillation, Value
-from shoal.trainable import select_trained
+from shoal.trainable import merge_trained, select_trained
 
 Examples = Labelled | Preferences
 
@@ -82,7 +90,7 @@ class FinetuningRun:
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: tuple[Examples, Examples],
-        settings: Finetuning, *, folder: Path, seed: int = 0, world_size: int = 1,
+        settings: Finetuning, *, folder: Path, seed: int = 0, world_size: int = 1, listen: Listener = ignore,
     ):  # fmt: skip
         if settings.batch_size % world_size:
             raise ValueError(
@@ -97,6 +105,7 @@ class FinetuningRun:
         self.trainer = Trainer(
             self.scored, _make_arguments(settings, model, folder, seed, settings.batch_size // world_size),
             train_dataset=Rows(train), eval_dataset=Rows(held_out), data_collator=Collator(tokenizer, settings.max_length),
+            callbacks=[StepCounter(listen)],
         )  # fmt: skip
         self.trainer.remove_callback(PrinterCallback)
 
@@ -120,8 +129,7 @@ class FinetuningRun:
 
     def finish(self) -> PreTrainedModel:
         """The fine-tuned model, LoRA merged, in the dtype that it came in."""
-        merge: Any = getattr(self.tuned, "merge_and_unload", None)
-        self.tuned = merge() if merge else self.tuned
+        self.tuned = merge_trained(self.tuned)
         return self.tuned.to(self.dtype).requires_grad_(False).eval()  # type: ignore[arg-type, return-value]
 
     def save(self, folder: Path) -> None:
@@ -144,6 +152,16 @@ def _make_arguments(
         use_cpu=model.device.type == "cpu", bf16=model.dtype == torch.bfloat16, remove_unused_columns=False,
         label_names=["labels"],
     )  # fmt: skip
+
+
+class StepCounter(TrainerCallback):
+    """Tells a listener how many steps are done."""
+
+    def __init__(self, listen: Listener):
+        self.listen = listen
+
+    def on_step_end(self, args, state, control, **_kwargs) -> None:
+        self.listen("fine-tune", state.global_step, state.max_steps)
 
 
 class Rows(torch.utils.data.Dataset):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +13,7 @@ from shoal_services.commands.options import AsJson, Dtype, Model, Revision, Toke
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from shoal_services.finetuning import Finetuned
+    from shoal_services.finetuning.results import Finetuned
 
 
 class TaskName(StrEnum):
@@ -74,9 +72,7 @@ def finetune(
 
         shoal finetune gpt2 --data Anthropic/hh-rlhf --task preference --trained lora --gpus-per-worker 1
     """
-    from shoal_services.finetuning import FinetuningJob, run_finetuning
-    from shoal_services.linearity_page import write_comparison_page
-    from shoal_services.terminal import console, output, show_progress
+    from shoal_services.finetuning.config import FinetuneConfig
 
     rate = learning_rate or (2e-4 if trained is TrainedName.lora else 2e-5)
     settings = {
@@ -87,47 +83,59 @@ def finetune(
         "num_workers": num_workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker,
         "address": address, "storage": storage, "tracking_uri": tracking_uri,
     }  # fmt: skip
-    job = FinetuningJob.model_validate(
+    config = FinetuneConfig.model_validate(
         {
-            "name": name or f"finetune-{Path(model).name}-{Path(data).stem.replace(':', '-').replace('@', '-')}",
-            "model": model, "revision": revision, "dtype": dtype, "data": data, "task": task.value,
-            "text_columns": tuple(text_column), "label_column": label_column, "seeds": tuple(range(num_seeds)),
-            "finetuning": settings, "run": run,
+            "name": name or _make_name(model, data), "model": model, "revision": revision, "dtype": dtype, "data": data,
+            "task": task.value, "text_columns": tuple(text_column), "label_column": label_column,
+            "seeds": tuple(range(num_seeds)), "finetuning": settings, "run": run,
             "texts": make_texts(text, text, calibration_tokens=calibration_tokens, window=window),
         }
     )  # fmt: skip
-    with show_progress() as listen:
-        finetuned = run_finetuning(job, listen, num_cpus=num_cpus)
-    page = job.folder / "linearity.html"
-    write_comparison_page(page, finetuned.profiles())
+    from shoal_services.finetuning.sweep import run_finetuning
+    from shoal_services.terminal import console, output, show_progress, watch_trials
+
+    try:
+        with show_progress() as display, watch_trials(display, config.folder / "trials"):
+            outcome = run_finetuning(config, display, num_cpus=num_cpus)
+    except KeyboardInterrupt as interrupt:
+        console.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from interrupt
+    for result in outcome.results:
+        if result.status != "finished":
+            console.print(f"{result.key} {result.status}: {result.reason}")
+    if outcome.finetuned is None:
+        raise typer.Exit(1)
     if as_json:
-        print(json.dumps(finetuned.as_dict(), indent=2))
-        return
-    output.print(_make_table(finetuned))
-    console.print(f"models: {job.folder}/seed-N/model   page: {page}")
+        print((outcome.folder / "finetuning.json").read_text())
+    else:
+        output.print(_make_table(outcome.finetuned))
+    console.print(f"models:   {outcome.folder}/trials/seed-N/model")
+    console.print(f"page:     {outcome.folder / 'linearity.html'}")
+    console.print(f"runs:     mlflow ui --backend-store-uri {outcome.tracking_uri}")
+
+
+def _make_name(model: str, data: str) -> str:
+    """`finetune-MODEL-DATA`, of the last parts of both."""
+    return f"finetune-{Path(model).name}-" + Path(data).stem.replace(":", "-").replace("@", "-")
 
 
 def _make_table(finetuned: Finetuned) -> Table:
     """Accuracy and mean linearity of each seed, and the change with its standard error over the seeds."""
     from rich.table import Table
 
+    from shoal_services.finetuning.results import MEASURES, mean_over_blocks
+
     text = finetuned.text
     table = Table(
-        title=f"{finetuned.job.model} fine-tuned on {finetuned.job.data}", caption_justify="left",
+        title=f"{finetuned.config.model} fine-tuned on {finetuned.config.data}", caption_justify="left",
         caption=f"Linearity on {text.name}, {text.num_tokens:,} tokens, mean over blocks. Accuracy on held-out examples. "
         "Change: mean over seeds ± one standard error.",
     )  # fmt: skip
-    for column in ("", "accuracy", "all tokens", "w/o residual", "held out"):
+    for column in ("", "accuracy", "all tokens", "w/o residual", "held out", "held out, w/o residual"):
         table.add_column(column, justify="right" if column else "left")
-    fields = ("score", "score_without_residual", "held_out")
-    table.add_row(
-        "before", "", *(f"{statistics.fmean(getattr(s, field) for s in finetuned.before):.4f}" for field in fields)
-    )
+    table.add_row("before", "", *(f"{mean_over_blocks(finetuned.before, field):.4f}" for field in MEASURES))
     for result in finetuned.results:
         accuracy = f"{result.accuracy:.1%} ± {result.accuracy_standard_error:.1%}"
-        table.add_row(f"seed {result.seed}", accuracy, *(f"{result.mean(field):.4f}" for field in fields))
-    changes = [finetuned.change(field) for field in fields]
-    table.add_row(
-        "change", "", *(f"{mean:+.4f}" + (f" ± {error:.4f}" if error == error else "") for mean, error in changes)
-    )
+        table.add_row(result.key, accuracy, *(f"{mean_over_blocks(result.scores(), field):.4f}" for field in MEASURES))
+    table.add_row("change", "", *(finetuned.change(field).text(4, sign=True) for field in MEASURES))
     return table

@@ -44,9 +44,7 @@ def _check_resources(pod: Pod) -> Iterator[str]:
     for container in pod.containers:
         requests, limits = (container.get("resources", {}).get(kind, {}) for kind in ("requests", "limits"))
         told = f"{pod.part or 'pod'}, container {container['name']!r}"
-        missing = [
-            f"{k}.{r}" for k, v in (("requests", requests), ("limits", limits)) for r in ("cpu", "memory") if r not in v
-        ]
+        missing = [f"{k}.{r}" for k, v in (("requests", requests), ("limits", limits)) for r in ("cpu", "memory") if r not in v]
         if missing:
             yield f"{told}: resources.{missing[0]} is missing; Ray and the scheduler would guess"
         elif read_quantity(requests["memory"]) != read_quantity(limits["memory"]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,24 +65,31 @@ def read_crds(folder: Path) -> dict[str, Any]:
 
 
 def _check_core(manifest: Manifest, where: str) -> list[Problem]:
+    complaint = _find_core_complaint(json.dumps(manifest, sort_keys=True))
+    return [Problem("schema", where, complaint)] if complaint else []
+
+
+# A schema is read again for each object, 30 ms: equal pods of different groups are checked once.
+@functools.cache
+def _find_core_complaint(text: str) -> str | None:
+    """What is wrong with an object, as JSON, of Kubernetes' own kinds."""
     import kubernetes_validate
 
+    manifest = json.loads(text)
     try:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
         path = ".".join(str(part) for part in error.path)
-        return [Problem("schema", where, f"{path}: {error.message}" if path else error.message)]
+        return f"{path}: {error.message}" if path else error.message
     except kubernetes_validate.SchemaNotFoundError:
         kind = f"{manifest.get('apiVersion')} {manifest.get('kind')}"
-        return [Problem("schema", where, f"Kubernetes {KUBERNETES} has no {kind}; check apiVersion and kind")]
-    return []
+        return f"Kubernetes {KUBERNETES} has no {kind}; check apiVersion and kind"
+    return None
 
 
 def _check_custom(manifest: Manifest, crds: dict[str, Any]) -> list[Problem]:
     if manifest["kind"] not in CLUSTERS:
-        return [
-            Problem("schema", name_of(manifest), f"{CUSTOM} has no {manifest['kind']}{suggest(manifest['kind'], CLUSTERS)}")
-        ]
+        return [Problem("schema", name_of(manifest), f"{CUSTOM} has no {manifest['kind']}{suggest(manifest['kind'], CLUSTERS)}")]
     unknown = [Problem("schema", name_of(manifest), complaint) for complaint in _find_unknown(manifest)]
     if unknown or not crds:
         return unknown
@@ -88,9 +97,7 @@ def _check_custom(manifest: Manifest, crds: dict[str, Any]) -> list[Problem]:
 
     errors = jsonschema.Draft202012Validator(crds[manifest["kind"]]).iter_errors(manifest)
     return [
-        Problem(
-            "schema", name_of(manifest), f"{'.'.join(str(part) for part in error.absolute_path)}: {error.message[:300]}"
-        )
+        Problem("schema", name_of(manifest), f"{'.'.join(str(part) for part in error.absolute_path)}: {error.message[:300]}")
         for error in errors
     ]
 
@@ -99,9 +106,7 @@ def _find_unknown(manifest: Manifest) -> Iterator[str]:
     places = [(manifest["kind"], manifest.get("spec") or {})]
     for cluster in iter_clusters(manifest):
         places += [("RayCluster", cluster)] if manifest["kind"] != "RayCluster" else []
-        places += [
-            (name, cluster[name]) for name in ("headGroupSpec", "authOptions", "autoscalerOptions") if name in cluster
-        ]
+        places += [(name, cluster[name]) for name in ("headGroupSpec", "authOptions", "autoscalerOptions") if name in cluster]
         places += [("workerGroupSpecs", group) for group in cluster.get("workerGroupSpecs", [])]
     for place, value in places:
         known = FIELDS[place].split()

@@ -9,10 +9,7 @@ pretraining.json  pretraining.html
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from shoal.files import write_text
 from shoal.pretrain_recipe import PretrainRecipe, Regularizer
 from shoal.recipe import Text
 
+from shoal_services.estimate import Estimate
 from shoal_services.folder import TrialEnd, TrialFolder
 from shoal_services.pretraining.config import PretrainConfig
 
@@ -50,24 +48,6 @@ class PretrainFolder(TrialFolder[PretrainResult]):
     def find_finished(self) -> list[PretrainResult]:
         """The runs that have come to their end."""
         return [result for result in self.read_results() if result.status == "finished"]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and its standard error, None for a single seed."""
-
-    mean: float
-    standard_error: float | None
-    num_seeds: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        return cls(statistics.fmean(values), error, len(values))
-
-    def text(self, digits: int, *, sign: bool = False) -> str:
-        shown = f"{self.mean:{'+' if sign else ''}.{digits}f}"
-        return shown if self.standard_error is None else f"{shown} ± {self.standard_error:.{digits}f}"
 
 
 def group_runs(results: Sequence[PretrainResult]) -> dict[Regularizer, list[PretrainResult]]:

@@ -1,0 +1,1 @@
+"""Fine-tuning on classes or preferences over several seeds, and what it does to the linearity of the blocks."""

@@ -1,0 +1,62 @@
+"""What to fine-tune on what, how often, and on which text linearity is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+from shoal.finetune import Examples, Finetuning
+from shoal.labelled import load_labelled, load_preferences
+from shoal.recipe import Texts, Value
+
+from shoal_services.config import Workers
+
+
+class FinetuneConfig(Value):
+    """One model on one dataset, with several seeds."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: str
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    data: str
+    task: Literal["classification", "preference"] = "classification"
+    text_columns: tuple[str, ...] = ("text",)
+    label_column: str = "label"
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    finetuning: Finetuning = Finetuning()
+    texts: Texts = Texts()
+    run: Workers = Workers()
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError(f"seeds={list(seeds)} names one twice: the same run twice is no second measurement")
+        return seeds
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is kept."""
+        return (self.run.storage / self.name).expanduser().resolve()
+
+    @property
+    def science(self) -> dict[str, Any]:
+        """The part that decides what comes out."""
+        return self.model_dump(mode="json", exclude={"run"})
+
+    def assignments(self) -> list[dict[str, Any]]:
+        """Every run: a seed."""
+        return [{"seed": seed} for seed in self.seeds]
+
+    def trial_key(self, assignment: dict[str, Any]) -> str:
+        """The name of a run."""
+        return f"seed-{assignment['seed']}"
+
+    def load_examples(self) -> tuple[Examples, Examples]:
+        """(training, held out), the same for every seed. Raises ValueError for data that cannot be learned from."""
+        share = self.finetuning.held_out_share
+        if self.task == "preference":
+            return load_preferences(self.data).split(share)
+        return load_labelled(self.data, text_columns=self.text_columns, label_column=self.label_column).split(share)

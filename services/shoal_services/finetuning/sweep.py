@@ -1,0 +1,137 @@
+"""The story of `shoal finetune`: check → one Ray Train job a seed → before and after. Started again, it goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+import ray.tune
+from shoal.files import write_text
+
+from shoal_services.cluster import connect
+from shoal_services.events import TrialEvents, search_key
+from shoal_services.finetuning.config import FinetuneConfig
+from shoal_services.finetuning.results import MEASURES, Finetuned, FinetuneFolder, FinetuneResult, mean_over_blocks
+from shoal_services.finetuning.worker import finetune_worker
+from shoal_services.linearity_page import write_comparison_page
+from shoal_services.preflight import check_cluster
+from shoal_services.search import flatten
+from shoal_services.space import read_assignment
+from shoal_services.tracking import Tracker
+from shoal_services.tuning import train_on_workers, tune_trials
+
+
+@dataclass(frozen=True)
+class FinetuneOutcome:
+    """What a fine-tuning came to. `finetuned` is None if no seed has finished."""
+
+    folder: Path
+    finetuned: Finetuned | None
+    results: list[FinetuneResult]
+    tracking_uri: str
+    num_unsent: int
+
+
+class FinetuneAudience(Protocol):
+    """Who hears of it while it runs: a `Listener`, and remarks."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None: ...
+
+    def remark(self, text: str) -> None: ...
+
+
+class FinetuneEvents(TrialEvents[FinetuneResult]):
+    """A Tune callback for one fine-tuning."""
+
+    def name_trial(self, assignment: dict[str, Any]) -> str:
+        return f"seed {assignment['seed']}"
+
+    def record_result(self, run: str, result: FinetuneResult) -> None:
+        if result.blocks:
+            means = {f"mean_{field}": mean_over_blocks(result.scores(), field) for field in MEASURES}
+            accuracy = {"accuracy": result.accuracy or 0.0, "held_out_loss": result.held_out_loss or 0.0}
+            self.tracker.log_metrics(run, means | accuracy)
+            self.tracker.log_tags(run, {"artefact": result.model or ""})
+
+
+def run_finetuning(config: FinetuneConfig, audience: FinetuneAudience, *, num_cpus: int | None = None) -> FinetuneOutcome:
+    """Fine-tunes with every seed that has not finished, and leaves models, results, page and MLflow runs behind.
+
+    Raises ValueError or OSError for what cannot work (before any run), KeyboardInterrupt after a clean stop.
+    """
+    config.load_examples()
+    folder = FinetuneFolder(config.folder)
+    audience("start Ray", 0, 1)
+    connect(config.run.address, num_cpus=num_cpus)
+    clearance = check_cluster(config.run, folder.root)
+    for remark in clearance.remarks:
+        audience.remark(remark)
+    folder.claim(config.name, config.science, extensible="seeds")
+    audience("start Ray", 1, 1)
+    tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")
+    parent = search_key(config)
+    tracker.start_run(parent, name=config.name, params=flatten(config.science))
+    events = FinetuneEvents(config, folder, tracker, on_end=lambda _: _count(config, folder, audience))
+    try:
+        _run_missing(config, folder, clearance.concurrent, events, audience)
+        events.record_missed()
+        finetuned = _conclude(config, folder, tracker, parent)
+    except KeyboardInterrupt:
+        tracker.end_orphans(parent)
+        tracker.end_run(parent, "KILLED")
+        raise
+    finally:
+        num_unsent = tracker.close()
+        ray.shutdown()
+    return FinetuneOutcome(folder.root, finetuned, folder.read_results(), tracker.uri, num_unsent)
+
+
+def _count(config: FinetuneConfig, folder: FinetuneFolder, audience: FinetuneAudience) -> None:
+    audience("trials", len(folder.read_results()), len(config.seeds))
+
+
+def _run_missing(
+    config: FinetuneConfig, folder: FinetuneFolder, concurrent: int, events: FinetuneEvents, audience: FinetuneAudience
+) -> None:
+    missing = [one for one in config.assignments() if folder.read_result(config.trial_key(one)) is None]
+    audience("trials", len(config.seeds) - len(missing), len(config.seeds))
+    if not missing:
+        return
+    tune_config = ray.tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=True)
+    job = {"config": config.model_dump(mode="json"), "root": str(folder.root)}
+    tune_trials(run_trial, job, {"assignment": ray.tune.grid_search(missing)}, events, tune_config)
+
+
+def run_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
+    """One Tune trial: a cheap driver of a Ray Train job. Raises RuntimeError if no model comes out."""
+    sweep, folder = FinetuneConfig.model_validate(job["config"]), FinetuneFolder(Path(job["root"]))
+    assignment = read_assignment(config)
+    key = sweep.trial_key(assignment)
+    folder.write_started(key, assignment)
+    reason = train_on_workers(finetune_worker, {**job, "key": key, "assignment": assignment}, sweep.run, folder.trial(key))
+    if reason is not None:
+        folder.write_result(FinetuneResult(key=key, assignment=assignment, status="failed", reason=reason))
+    result = folder.read_result(key)
+    assert result is not None
+    if result.status != "finished":
+        raise RuntimeError(result.reason or result.status)
+    ray.tune.report({"accuracy": result.accuracy, "key": key})
+
+
+def _conclude(config: FinetuneConfig, folder: FinetuneFolder, tracker: Tracker, parent: str) -> Finetuned | None:
+    """`finetuning.json`, the page, and the sweep's own run."""
+    finetuned = Finetuned.read(config, folder) if folder.before.exists() else None
+    if finetuned is None or not finetuned.results:
+        tracker.end_run(parent, "FAILED")
+        return None
+    write_text(folder.root / "finetuning.json", json.dumps(finetuned.as_dict(), indent=2))
+    write_comparison_page(folder.root / "linearity.html", finetuned.profiles())
+    tracker.log_metrics(parent, {f"change_{field}": finetuned.change(field).mean for field in MEASURES})
+    for name in ("finetuning.json", "linearity.html"):
+        tracker.log_artifact(parent, folder.root / name)
+    tracker.end_orphans(parent)
+    tracker.end_run(parent, "FINISHED")
+    return finetuned
