@@ -184,15 +184,22 @@ def _check_selectors(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Pro
         own = [p for p in policies if p["spec"]["podSelector"] and _matches(p["spec"]["podSelector"], pod)]
         if not own:
             yield Problem("network", pod.where, "no NetworkPolicy is for this pod; it would be cut off, or open to all")
-        elif pod.owner["kind"] == "RayService" and SERVE_PORT not in _list_ports(own):
-            yield Problem("network", pod.where, f"no NetworkPolicy lets anybody reach port {SERVE_PORT}")
-    if policies and not any(p["spec"]["podSelector"] == {} and not p["spec"].get("ingress") for p in policies):
-        yield Problem("network", "NetworkPolicy", "none denies what the others do not allow (podSelector: {}, no ingress)")
+        elif pod.owner["kind"] == "RayService" and SERVE_PORT not in _list_open_ports(own):
+            yield Problem("network", pod.where, f"no NetworkPolicy lets other namespaces reach port {SERVE_PORT}")
+    if policies and not any(_denies_all(policy["spec"]) for policy in policies):
+        yield Problem("network", "NetworkPolicy", "none denies what the others do not allow (podSelector: {}, no rules)")
 
 
-def _list_ports(policies: list[Manifest]) -> set[Any]:
+def _denies_all(spec: Manifest) -> bool:
+    types = set(spec.get("policyTypes", []))
+    return spec["podSelector"] == {} and types == {"Ingress", "Egress"} and not (spec.get("ingress") or spec.get("egress"))
+
+
+def _list_open_ports(policies: list[Manifest]) -> set[Any]:
+    """Ports that whole namespaces may reach."""
     rules = [rule for policy in policies for rule in policy["spec"].get("ingress", [])]
-    return {port.get("port") for rule in rules for port in rule.get("ports", [])}
+    wide = [rule for rule in rules if any("podSelector" not in peer for peer in rule.get("from", [{}]))]
+    return {port.get("port") for rule in wide for port in rule.get("ports", [])}
 
 
 def _matches(selector: Manifest, pod: Pod) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,17 +65,26 @@ def read_crds(folder: Path) -> dict[str, Any]:
 
 
 def _check_core(manifest: Manifest, where: str) -> list[Problem]:
+    complaint = _find_core_complaint(json.dumps(manifest, sort_keys=True))
+    return [Problem("schema", where, complaint)] if complaint else []
+
+
+# A schema is read again for each object, 30 ms: equal pods of different groups are checked once.
+@functools.cache
+def _find_core_complaint(text: str) -> str | None:
+    """What is wrong with an object, as JSON, of Kubernetes' own kinds."""
     import kubernetes_validate
 
+    manifest = json.loads(text)
     try:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
         path = ".".join(str(part) for part in error.path)
-        return [Problem("schema", where, f"{path}: {error.message}" if path else error.message)]
+        return f"{path}: {error.message}" if path else error.message
     except kubernetes_validate.SchemaNotFoundError:
         kind = f"{manifest.get('apiVersion')} {manifest.get('kind')}"
-        return [Problem("schema", where, f"Kubernetes {KUBERNETES} has no {kind}; check apiVersion and kind")]
-    return []
+        return f"Kubernetes {KUBERNETES} has no {kind}; check apiVersion and kind"
+    return None
 
 
 def _check_custom(manifest: Manifest, crds: dict[str, Any]) -> list[Problem]:

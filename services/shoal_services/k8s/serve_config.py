@@ -77,14 +77,16 @@ def _check_application(application: dict[str, Any]) -> Iterator[str]:
     path = application["import_path"]
     module, _, attribute = path.replace(":", ".").rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         yield f"import_path {path!r} leads nowhere: {error}"
         return
     if application.get("runtime_env"):
         yield "runtime_env: code and packages belong in the image"
     if path == BUILDER:
+        from shoal_services.serving.app import read_settings
+
         try:
-            found(application.get("args", {}))
+            read_settings(application.get("args", {}))
         except ValueError as error:
             yield f"args: {str(error).removeprefix('args: ')}"
