@@ -67,7 +67,7 @@ def client(ray_cluster: None) -> Iterator[ServeSubmissionClient]:
     serve.shutdown()
 
 
-def wait_until(holds: Callable[[], bool], *, seconds: float = 120) -> None:
+def wait_until(holds: Callable[[], bool], *, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it never came to be so"
