@@ -6,6 +6,7 @@ The cluster needs Shoal installed (in its image); what travels is the search's f
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -32,6 +33,7 @@ from shoal_services.config import SearchConfig
 MAX_TEXT_BYTES = 16 * 2**20
 RECONNECT_S = 2.0
 PATIENCE_S = 60.0
+SILENCE_S = 60.0
 INTERRUPTED = 130
 # Stopped like Ctrl-C: trials end, and their MLflow runs with them. Ray kills what is left after the wait.
 JOB_ENVIRONMENT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60", "COLUMNS": "120"}
@@ -224,19 +226,13 @@ def _explain_running(config: SearchConfig, job_id: str) -> str:
 
 
 async def _follow(client: JobSubmissionClient, job_id: str, write: Callable[[str], object]) -> None:
-    written, heard_at = 0, time.monotonic()
+    log, heard_at = _Log(write), time.monotonic()
     while True:
-        position = 0
         try:
-            # The log always comes from its beginning: what was written before the connection broke is passed over.
-            async for text in client.tail_job_logs(job_id):
-                heard_at = time.monotonic()
-                if fresh := text[max(0, written - position) :]:
-                    write(fresh)
-                position += len(text)
-                written = max(written, position)
-            if client.get_job_status(job_id).is_terminal():
+            ended = await _read_log(client, job_id, log)
+            if client.get_job_status(job_id).is_terminal() and ended:
                 return
+            heard_at = time.monotonic()
         except (aiohttp.ClientError, OSError, RuntimeError) as error:
             if time.monotonic() - heard_at > PATIENCE_S:
                 raise ConnectionError(
@@ -244,6 +240,35 @@ async def _follow(client: JobSubmissionClient, job_id: str, write: Callable[[str
                     f"be running on: come back with `shoal logs {job_id} --follow`"
                 ) from error
         await asyncio.sleep(RECONNECT_S)
+
+
+async def _read_log(client: JobSubmissionClient, job_id: str, log: _Log) -> bool:
+    """Reads until the log's end (True), or until nothing has come for a while: a dead connection is silent too."""
+    log.begin()
+    async with contextlib.aclosing(client.tail_job_logs(job_id)) as stream:
+        while True:
+            try:
+                log.add(await asyncio.wait_for(anext(stream), SILENCE_S))
+            except StopAsyncIteration:
+                return True
+            except TimeoutError:
+                return False
+
+
+class _Log:
+    """A log that always comes from its beginning: what was written before the connection broke is passed over."""
+
+    def __init__(self, write: Callable[[str], object]):
+        self.write, self.num_written, self.position = write, 0, 0
+
+    def begin(self) -> None:
+        self.position = 0
+
+    def add(self, text: str) -> None:
+        if fresh := text[max(0, self.num_written - self.position) :]:
+            self.write(fresh)
+        self.position += len(text)
+        self.num_written = max(self.num_written, self.position)
 
 
 @contextmanager
