@@ -20,7 +20,8 @@ import yaml
 from ray.job_submission import JobSubmissionClient
 from shoal_services.cli import main
 from shoal_services.config import SearchConfig, load_config
-from shoal_services.submit import FOLDER_TAG, MAX_TEXT_BYTES, NAME_TAG, connect_jobs, follow_log, require_portable
+from shoal_services.jobs import FOLDER_TAG, NAME_TAG, connect_jobs, follow_log
+from shoal_services.submit import MAX_TEXT_BYTES, require_portable
 
 SHOAL = Path(sys.executable).with_name("shoal")
 
