@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -19,7 +20,8 @@ import yaml
 from ray.job_submission import JobSubmissionClient
 from shoal_services.cli import main
 from shoal_services.config import SearchConfig, load_config
-from shoal_services.submit import FOLDER_TAG, MAX_TEXT_BYTES, NAME_TAG, connect_jobs, follow_log, require_portable
+from shoal_services.jobs import FOLDER_TAG, NAME_TAG, connect_jobs, follow_log
+from shoal_services.submit import MAX_TEXT_BYTES, require_portable
 
 SHOAL = Path(sys.executable).with_name("shoal")
 
@@ -187,7 +189,8 @@ class Cable:
                 self.num_cuts -= 1
                 break
         for end in (source, sink):
-            end.close()
+            with contextlib.suppress(OSError):  # the other direction was quicker
+                end.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_log_goes_on_after_the_connection_breaks(dashboard, start_job):

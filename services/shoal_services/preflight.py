@@ -23,6 +23,7 @@ from shoal_services.resources import Maximum, Shape, read_maximum, read_nodes
 MIN_FREE_BYTES = 2 * 2**30
 VERSIONED = ("ray", "torch", "transformers", "shoal")
 NODE_LIMIT_S = 60
+MAX_NAMED = 8
 TRACKER_LIMIT_S = 5
 
 
@@ -70,11 +71,11 @@ def fit_trials(run: Workers, nodes: dict[str, Shape], maximum: Maximum) -> Clear
     slots, possible = worker.count_in(nodes.values()), worker.count_in(maximum.shapes(nodes))
     remarks = []
     if possible < run.num_workers:
+        lack = _explain_lack(run, worker, nodes if maximum.groups is None else maximum.named())
         if not maximum.is_unknown:
-            raise ValueError(_explain_lack(run, worker, nodes))
+            raise ValueError(lack)
         remarks.append(
-            f"{_explain_lack(run, worker, nodes)}. The cluster grows by itself, and how far cannot be read from it: "
-            "the search waits for nodes"
+            f"{lack}. The cluster grows by itself, and how far cannot be read from it: the search waits for nodes"
         )
     elif slots < run.num_workers:
         remarks.append("no trial fits on the nodes that are there; the cluster may grow, and the search waits for that")
@@ -85,16 +86,17 @@ def _explain_lack(run: Workers, worker: Shape, nodes: dict[str, Shape]) -> str:
     """What is missing: in the whole cluster, or on any one node."""
     for resource in ("cpus", "gpus"):
         per_worker, name = getattr(worker, resource), resource[:-1].upper()
-        there = [getattr(node, resource) for node in nodes.values()]
+        there = sum(getattr(node, resource) for node in nodes.values())
         needed = per_worker * run.num_workers
-        if needed > sum(there):
+        if needed > there:
             return (
                 f"a trial needs {needed:g} {name}s ({run.num_workers} workers of {per_worker:g}), and the cluster has "
-                f"{sum(there):g}; lower run.num_workers or run.{resource}_per_worker, or add nodes"
+                f"{there:g}; lower run.num_workers or run.{resource}_per_worker, or add nodes"
             )
-    each = ", ".join(f"{name} has {shape} and holds {worker.count_in([shape])}" for name, shape in sorted(nodes.items()))
+    each = [f"{name} has {shape} and holds {worker.count_in([shape])}" for name, shape in sorted(nodes.items())]
+    told = ", ".join(each[:MAX_NAMED]) + (f", and {len(each) - MAX_NAMED} more" if len(each) > MAX_NAMED else "")
     return (
-        f"a worker needs {worker} on one node, and a trial has {run.num_workers} of them; {each}; "
+        f"a worker needs {worker} on one node, and a trial has {run.num_workers} of them; {told}; "
         "lower run.cpus_per_worker, run.gpus_per_worker or run.num_workers, or add larger nodes"
     )
 

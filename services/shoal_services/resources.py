@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -39,12 +40,14 @@ class Maximum:
     groups: list[tuple[Shape, int]] | None
     is_unknown: bool
 
+    def named(self) -> dict[str, Shape]:
+        """The nodes of the groups, numbered."""
+        counted = itertools.chain.from_iterable([shape] * count for shape, count in self.groups or [])
+        return {f"possible node {number}": shape for number, shape in enumerate(counted, 1)}
+
     def shapes(self, nodes: dict[str, Shape]) -> list[Shape]:
-        """The shapes of the nodes at most, and those of the present nodes if that is not known."""
-        if self.groups is None:
-            return list(nodes.values())
-        grown = [shape for shape, count in self.groups for _ in range(count)]
-        return max(grown, list(nodes.values()), key=lambda shapes: sum(shape.cpus for shape in shapes))
+        """The shapes of the nodes at most: never fewer CPUs than those of the present nodes."""
+        return max(list(nodes.values()), list(self.named().values()), key=lambda shapes: sum(s.cpus for s in shapes))
 
 
 def read_nodes() -> dict[str, Shape]:

@@ -1,92 +1,27 @@
-"""A search sent to a cluster through Ray's Jobs API: it runs on the head node, and the machine that sent it may leave.
+"""A search sent to a cluster as a job: it runs on the head node, and the machine that sent it may leave.
 
 The cluster needs Shoal installed (in its image); what travels is the search's file and its small texts.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import logging
-import os
 import shlex
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import aiohttp
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobSubmissionClient
 from shoal.recipe import TEXT_SUFFIXES, fingerprint
 
-from shoal_services.cluster import require_listener
-from shoal_services.complaints import suggest
 from shoal_services.config import SearchConfig
+from shoal_services.jobs import FOLDER_TAG, NAME_TAG, list_details
 
 MAX_TEXT_BYTES = 16 * 2**20
-RECONNECT_S = 2.0
-PATIENCE_S = 60.0
-INTERRUPTED = 130
+SEARCH_TAG, CONFIG_TAG = "shoal.search", "shoal.config_sha256"
 # Stopped like Ctrl-C: trials end, and their MLflow runs with them. Ray kills what is left after the wait.
 JOB_ENVIRONMENT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60", "COLUMNS": "120"}
-NAME_TAG, SEARCH_TAG, CONFIG_TAG, FOLDER_TAG = "shoal.name", "shoal.search", "shoal.config_sha256", "shoal.folder"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One submission of a search; times in UTC."""
-
-    id: str
-    name: str
-    folder: str
-    status: str
-    message: str
-    started: datetime | None
-    ended: datetime | None
-    exit_code: int | None
-
-    @classmethod
-    def of(cls, details: JobDetails) -> Job:
-        tags = details.metadata or {}
-        return cls(
-            id=details.submission_id or "", name=tags.get(NAME_TAG, ""), folder=tags.get(FOLDER_TAG, ""),
-            status=details.status.value, message=details.message or "", started=_read_time(details.start_time),
-            ended=_read_time(details.end_time), exit_code=details.driver_exit_code,
-        )  # fmt: skip
-
-    @property
-    def has_ended(self) -> bool:
-        return JobStatus(self.status).is_terminal()
-
-    @property
-    def outcome(self) -> int:
-        """The exit code that stands for how the job ended."""
-        if self.status == JobStatus.SUCCEEDED.value:
-            return 0
-        return INTERRUPTED if self.status == JobStatus.STOPPED.value else self.exit_code or 1
-
-
-def connect_jobs(address: str) -> JobSubmissionClient:
-    """A client of the cluster whose dashboard is at `address`.
-
-    Raises ConnectionError if none answers, PermissionError if it wants a token that is not here.
-    """
-    advice = "give the address of the head's dashboard, such as http://HEAD:8265"
-    require_listener(address, advice)
-    for name in ("job.sdk", "dashboard_sdk"):
-        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
-    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.ERROR)
-    with _explain_refusal(address), _address_in_force(address):
-        try:
-            return JobSubmissionClient(address)
-        except (ConnectionError, ValueError) as error:
-            raise ConnectionError(f"no Ray cluster at {address!r}: {_first_line(error)}; {advice}") from error
 
 
 def submit_search(client: JobSubmissionClient, file: Path, config: SearchConfig) -> str:
@@ -96,7 +31,7 @@ def submit_search(client: JobSubmissionClient, file: Path, config: SearchConfig)
     """
     texts = require_portable(config)
     key = f"{config.name}-{fingerprint(str(config.run.storage / config.name))[:8]}"
-    earlier = [details for details in _list_details(client) if (details.metadata or {}).get(SEARCH_TAG) == key]
+    earlier = [details for details in list_details(client) if (details.metadata or {}).get(SEARCH_TAG) == key]
     for details in earlier:
         if not details.status.is_terminal():
             raise ValueError(_explain_running(config, details.submission_id or ""))
@@ -125,42 +60,6 @@ def submit_search(client: JobSubmissionClient, file: Path, config: SearchConfig)
                     "help, look whether its port 52365 (--dashboard-agent-listen-port) is taken"
                 ) from error
             raise
-
-
-def list_jobs(client: JobSubmissionClient) -> list[Job]:
-    """All submitted searches that the cluster remembers, the oldest first."""
-    jobs = [Job.of(details) for details in _list_details(client) if NAME_TAG in (details.metadata or {})]
-    return sorted(jobs, key=lambda job: job.started or datetime.max.replace(tzinfo=UTC))
-
-
-def find_job(client: JobSubmissionClient, name: str) -> Job:
-    """The job of this id, or the newest of the search of this name. Raises ValueError if there is none."""
-    jobs = list_jobs(client)
-    found = [job for job in jobs if job.id == name] or [job for job in jobs if job.name == name]
-    if not found:
-        raise ValueError(f"no job {name!r} on this cluster{suggest(name, [job.id for job in jobs])}; see `shoal jobs`")
-    return found[-1]
-
-
-def follow_log(client: JobSubmissionClient, job_id: str, write: Callable[[str], object]) -> Job:
-    """Writes a job's log from its beginning until the job ends; returns how it ended.
-
-    A connection that breaks is made again, and the log goes on where it was. Raises ConnectionError if that takes
-    longer than a minute; KeyboardInterrupt leaves the job running.
-    """
-    asyncio.run(_follow(client, job_id, write))
-    return Job.of(client.get_job_info(job_id))
-
-
-def stop_job(client: JobSubmissionClient, job_id: str, *, patience_s: float = 90.0) -> Job:
-    """Asks a job to stop, waits until it has, and returns how it ended. Raises TimeoutError if it does not stop."""
-    client.stop_job(job_id)
-    deadline = time.monotonic() + patience_s
-    while not (job := Job.of(client.get_job_info(job_id))).has_ended:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"job {job_id} was asked to stop and has not yet; look again with `shoal jobs`")
-        time.sleep(0.5)
-    return job
 
 
 def require_portable(config: SearchConfig) -> list[Path]:
@@ -221,64 +120,3 @@ def _explain_running(config: SearchConfig, job_id: str) -> str:
         f"the search {config.name!r} in {str(config.run.storage)!r} is running as job {job_id}; follow it with "
         f"`shoal logs {job_id} --follow`, or stop it with `shoal stop {job_id}` and submit again: it goes on where it was"
     )
-
-
-async def _follow(client: JobSubmissionClient, job_id: str, write: Callable[[str], object]) -> None:
-    written, heard_at = 0, time.monotonic()
-    while True:
-        position = 0
-        try:
-            # The log always comes from its beginning: what was written before the connection broke is passed over.
-            async for text in client.tail_job_logs(job_id):
-                heard_at = time.monotonic()
-                if fresh := text[max(0, written - position) :]:
-                    write(fresh)
-                position += len(text)
-                written = max(written, position)
-            if client.get_job_status(job_id).is_terminal():
-                return
-        except (aiohttp.ClientError, OSError, RuntimeError) as error:
-            if time.monotonic() - heard_at > PATIENCE_S:
-                raise ConnectionError(
-                    f"the cluster has not answered for {PATIENCE_S:.0f} s ({_first_line(error)}); job {job_id} may "
-                    f"be running on: come back with `shoal logs {job_id} --follow`"
-                ) from error
-        await asyncio.sleep(RECONNECT_S)
-
-
-@contextmanager
-def _address_in_force(address: str) -> Iterator[None]:
-    """Inside, an address that was given wins: Ray's client lets its environment variables win."""
-    name = "RAY_API_SERVER_ADDRESS"
-    before = os.environ.get(name)
-    os.environ[name] = address
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
-
-
-@contextmanager
-def _explain_refusal(address: str) -> Iterator[None]:
-    """Ray's word about tokens, as an error that says what to set."""
-    try:
-        yield
-    except AuthenticationError as error:
-        raise PermissionError(
-            f"the cluster at {address} takes requests with its token alone: {_first_line(error)}; set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, a file) to the cluster's token"
-        ) from error
-
-
-def _list_details(client: JobSubmissionClient) -> list[JobDetails]:
-    return [details for details in client.list_jobs() if details.submission_id]
-
-
-def _read_time(milliseconds: int | None) -> datetime | None:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC) if milliseconds else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,24 +37,38 @@ if TYPE_CHECKING:
 
     from shoal_services.judge import CriterionGrade
 
+LINE_EVERY_S = 30.0
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
 
 
 class ProgressDisplay:
-    """A listener (stage, done, total) that draws one bar a stage, with the time that is left."""
+    """A listener (stage, done, total) that draws one bar a stage, with the time that is left.
+
+    Into a file or a job's log go lines instead: at a stage's begin and end, and every half minute.
+    """
 
     def __init__(self) -> None:
         self.progress = Progress(
             TextColumn("{task.description:<28}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", style="dim"), console=console,
+            disable=not console.is_terminal,
         )  # fmt: skip
         self.tasks: dict[str, TaskID] = {}
+        self.said, self.said_at = "", -math.inf
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage not in self.tasks:
             self.tasks[stage] = self.progress.add_task(stage, total=total, note="")
+            self.said_at = -math.inf
         self.progress.update(self.tasks[stage], completed=done, total=total)
+        if not console.is_terminal:
+            self._say(f"{stage} {done}/{total}", at_once=done >= total)
+
+    def _say(self, line: str, *, at_once: bool) -> None:
+        if line != self.said and (at_once or time.monotonic() - self.said_at > LINE_EVERY_S):
+            self.said, self.said_at = line, time.monotonic()
+            console.print(line)
 
     def remark(self, text: str) -> None:
         """A line above the bars."""
@@ -97,7 +112,7 @@ class ProgressDisplay:
 
 @contextmanager
 def show_progress() -> Iterator[ProgressDisplay]:
-    """Bars while the block runs; where the error output is no terminal, a line a stage."""
+    """Bars while the block runs; where the error output is no terminal, lines."""
     display = ProgressDisplay()
     with display.progress:
         yield display

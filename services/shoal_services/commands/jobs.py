@@ -14,7 +14,7 @@ import typer
 from shoal_services.commands.options import AsJson
 
 if TYPE_CHECKING:
-    from shoal_services.submit import Job
+    from shoal_services.jobs import Job
 
 Address = Annotated[
     str,
@@ -52,7 +52,8 @@ def submit(
 
     loaded = load_config(config).run_with(storage=storage, tracking_uri=tracking_uri)
 
-    from shoal_services.submit import connect_jobs, require_portable, submit_search
+    from shoal_services.jobs import connect_jobs
+    from shoal_services.submit import require_portable, submit_search
 
     require_portable(loaded)
     client = connect_jobs(address)
@@ -73,7 +74,7 @@ def jobs(address: Address = LOCAL_DASHBOARD, as_json: AsJson = False) -> None:
 
         shoal jobs --json
     """
-    from shoal_services.submit import connect_jobs, list_jobs
+    from shoal_services.jobs import connect_jobs, list_jobs
 
     found = list_jobs(connect_jobs(address))
     if as_json:
@@ -95,7 +96,7 @@ def logs(
 
         shoal logs demo-1a2b3c4d-1 --follow
     """
-    from shoal_services.submit import connect_jobs, find_job
+    from shoal_services.jobs import connect_jobs, find_job
 
     client = connect_jobs(address)
     found = find_job(client, job)
@@ -114,7 +115,7 @@ def stop(job: JobName, address: Address = LOCAL_DASHBOARD) -> None:
 
         shoal stop demo-1a2b3c4d-1
     """
-    from shoal_services.submit import connect_jobs, find_job, stop_job
+    from shoal_services.jobs import connect_jobs, find_job, stop_job
 
     client = connect_jobs(address)
     found = find_job(client, job)
@@ -126,7 +127,7 @@ def stop(job: JobName, address: Address = LOCAL_DASHBOARD) -> None:
 
 def _follow(client, job_id: str, address: str) -> None:
     """The log to standard output, and the job's outcome as exit code."""
-    from shoal_services.submit import INTERRUPTED, follow_log
+    from shoal_services.jobs import INTERRUPTED, follow_log
 
     def write(text: str) -> None:
         sys.stdout.write(text)
