@@ -16,7 +16,8 @@ MIB = 2**20
 # Beyond what the imports hold; the weights alone take 513 MiB.
 LIMIT_MIB = 440
 
-# The limit is of private memory: files that are read or mapped in common do not count, the system can drop them.
+# The limit is of private memory: files that are mapped in common do not count, the system can drop them. It holds from
+# the end of loading on, as transformers maps all files for a moment; the peak is of the private pages all the way.
 SCRIPT = """
 import json, re, resource, sys, threading
 from pathlib import Path
@@ -31,8 +32,10 @@ folder, out, train, held_out, limit, streamed = sys.argv[1:]
 torch.set_num_threads(1)
 torch.randn(8, 8) @ torch.randn(8, 8)
 before, held, peak, over = read("VmData"), read("RssAnon"), [0], threading.Event()
-if int(limit):
-    resource.setrlimit(resource.RLIMIT_DATA, (before + int(limit),) * 2)
+
+def listen(stage, done, total):
+    if stage == "load" and done == 1:
+        resource.setrlimit(resource.RLIMIT_DATA, (before + int(limit),) * 2)
 
 def watch():
     while not over.wait(0.02):
@@ -42,7 +45,7 @@ threading.Thread(target=watch, daemon=True).start()
 texts = Texts(train=train, evaluation=held_out, window=256, calibration_tokens=10_240, evaluation_tokens=1_024,
               selection_tokens=512)
 recipe = Recipe(base_model=folder, num_replaced=4, dtype="float32", selection="listed", blocks=(12, 13, 14, 15))
-point = compress(recipe, Path(out), texts=texts, streamed=streamed == "streamed")
+point = compress(recipe, Path(out), texts=texts, streamed=streamed == "streamed", listen=listen)
 over.set()
 print(json.dumps({"peak": peak[0], "perplexity": point.perplexity, "dense": point.evaluations[0].dense_perplexity,
                   "weights": point.dense_size.num_bytes, "seconds": point.seconds}))

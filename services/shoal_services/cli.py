@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoal_services.commands import machine, models, searches, serving
+from shoal_services.commands import machine, models, planning, searches, serving
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False,
@@ -26,6 +26,7 @@ def common(
 
 for command in (
     models.profile, models.compress, searches.search, searches.frontier, models.evaluate, machine.doctor,
+    planning.plan,
     serving.serve, serving.bench_serve,
 ):  # fmt: skip
     app.command()(command)
