@@ -2,7 +2,7 @@
 
 d width, f width of the MLP, L blocks, V vocabulary, T window. A matrix product of P weights takes 2 P operations a
 token; the backward pass takes as much again for the inputs and, where the weights are trained, for them too.
-`tests/fit_cost.py` measures random small models and says how far these formulas are off.
+`tests/fit_cost.py` measures random small models and prints how far these formulas are off.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class Shape:
         """What a forward pass keeps for the backward pass, logits included.
 
         A block keeps, for each token: its two norms' inputs in float32 and outputs (6 widths), attention's inputs and
-        output, and of the MLP the gate before and after its activation, its other input, and their product. Adapters keep little.
-        `checkpointed`: each block keeps its input, and one block at a time the rest.
+        output, and of the MLP the gate before and after its activation, its other input, and their product. Adapters keep
+        little. `checkpointed`: each block keeps its input, and one block at a time the rest.
         """
         q = self.num_heads * self.head_width
         block = (6 * self.width + 2 * q + 2 * self.kv_width + (2 + 2 * self.gated) * self.mlp_width) * dtype_bytes
@@ -163,5 +163,3 @@ HARDWARE: dict[str, Hardware] = {
     "b200": Hardware(180e9, 2250e12, 8.0e12, 900e9, 50e9, 8, ASSUMED),
     "l40s": Hardware(48e9, 362e12, 0.864e12, 32e9, 12.5e9, 8, ASSUMED),
 }
-# The largest error in the seconds or bytes of models that nothing was fitted on (`tests/fit_cost.py`).
-FORMULA_ERROR = 0.0

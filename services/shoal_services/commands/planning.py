@@ -21,7 +21,7 @@ def plan(
         ),
     ] = None,
     gpus: Annotated[list[int], typer.Option(help="Accelerators of the cluster; several are compared. Repeatable.")] = [8],  # noqa: B006
-    gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200, l40s, or cpu: a core of an AVX2 CPU.")] = "h100",
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200 or l40s.")] = "h100",
     price_per_gpu_hour: Annotated[float | None, typer.Option(help="What an hour of one costs, in any currency.")] = None,
     as_json: AsJson = False,
 ) -> None:
