@@ -18,7 +18,14 @@ import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from shoal import modeling_shoal
 from shoal.files import write_aside
@@ -121,11 +128,16 @@ def make_skeleton(name: str, *, revision: str | None = None, dtype: torch.dtype 
 
     Raises ValueError if there is no such configuration.
     """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(read_config(name, revision=revision), dtype=dtype)
+
+
+def read_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
+    """The model's configuration, without its weights. Raises ValueError if there is none."""
     folder, extra = _locate(name, revision)
     extra.pop("quantization_config", None)
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **extra), dtype=dtype)
+        return AutoConfig.from_pretrained(folder, **extra)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"cannot read the configuration of {name!r}: {_explain(error)}") from error
 

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from shoal_services.commands import finetuning, jobs, kubernetes, machine, models, pretraining, quality, searches, serving
+from shoal_services.commands import (
+    finetuning, jobs, kubernetes, machine, models, planning, pretraining, quality, searches, serving,
+)  # fmt: skip
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False,
@@ -27,7 +29,7 @@ def common(
 for command in (
     models.profile, models.compress, models.evaluate, searches.search, searches.frontier,
     quality.probe, quality.judge, finetuning.finetune, pretraining.pretrain,
-    jobs.submit, jobs.jobs, jobs.logs, jobs.stop, machine.doctor,
+    planning.plan, jobs.submit, jobs.jobs, jobs.logs, jobs.stop, machine.doctor,
     serving.serve, serving.bench_serve,
 ):  # fmt: skip
     app.command()(command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from shoal.cost import HARDWARE, Shape
 from shoal.frontier import name_picks
 from shoal.linearity import RANKING_REASON, BlockLinearity
 from shoal.pretrain_recipe import Regularizer
@@ -30,6 +31,7 @@ from shoal.recipe import Evaluation, Point, Recipe, TaskScore
 
 from shoal_services.doctor import Check
 from shoal_services.folder import TrialResult, read_progress
+from shoal_services.plan import Plan
 from shoal_services.pretraining.results import PretrainResult, compare, describe_texts, estimate, group_runs
 
 if TYPE_CHECKING:
@@ -296,6 +298,37 @@ def evaluation_table(name: str, evaluations: Sequence[Evaluation]) -> Table:
     return table
 
 
+def plan_table(search: str, model: str, gpu: str, shape: Shape, plans: Sequence[Plan]) -> Table:
+    """What a search would take, a column for each number of accelerators."""
+    source = "fitted on measurements" if HARDWARE[gpu].measured else "an assumption, not measured by this project"
+    lowest, likely, highest = HARDWARE[gpu].efficiency
+    caption = (
+        f"Estimates. The share of peak that is reached is {source}: {likely:.0%}, likely {lowest:.0%} to {highest:.0%}; "
+        "that range makes the one in brackets. How far the formulas are off: tests/fit_cost.py."
+    )
+    title = f"{search}: {model}, {shape.num_parameters / 1e9:.1f} billion parameters, on {gpu}"
+    table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    table.add_column("")
+    for plan in plans:
+        table.add_column(f"{plan.num_gpus}", justify="right")
+
+    def add(label: str, show: Callable[[Plan], str]) -> None:
+        table.add_row(label, *(show(plan) for plan in plans))
+
+    add("workers per trial", lambda p: str(p.workers_per_trial))
+    add("weights spread over", lambda p: "no need" if p.shards == 1 else f"{p.shards}")
+    add("fits", lambda p: "yes" if p.fits else "no")
+    add("memory per worker", lambda p: f"{p.memory_per_worker / 1e9:,.0f} GB")
+    add("trials at once", lambda p: str(p.concurrent_trials))
+    add("distillation, tokens/s a trial", lambda p: f"{p.tokens_per_second:,.0f}")
+    add("sent per step and worker", lambda p: f"{p.communication_per_step / 1e9:,.2f} GB")
+    add("prepare", lambda p: f"{p.prepare_seconds / 60:,.1f} min")
+    add("a trial", lambda p: f"{p.trial_seconds / 60:,.1f} min")
+    add("whole search", lambda p: f"{p.seconds / 3600:,.2f} h ({p.low_seconds / 3600:,.2f}–{p.high_seconds / 3600:,.2f})")
+    add("storage", lambda p: f"{p.storage_bytes / 1e12:,.2f} TB")
+    add("storage traffic", lambda p: f"{p.traffic_bytes / 1e12:,.2f} TB")
+    if any(plan.cost is not None for plan in plans):
+        add("cost", lambda p: f"{p.cost:,.0f}")
 def task_table(name: str, scores: Sequence[TaskScore]) -> Table:
     """A model's scores in tasks beside the dense model's."""
     caption = "± one standard error over examples (of the difference: paired)."

@@ -1,0 +1,137 @@
+"""Costs from a model's shape, and plans of searches: laws, known sizes, and the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import make_model
+from shoal.cost import HARDWARE, SHAPES, Shape
+from shoal.recipe import Distillation
+from shoal.replace import linear_blocks
+from shoal.trainable import select_trained
+from shoal_services.cli import app
+from shoal_services.config import load_config
+from shoal_services.plan import bytes_per_step, plan_search, read_shape
+from typer.testing import CliRunner
+
+H100 = HARDWARE["h100"]
+
+
+@pytest.fixture
+def search(root):
+    return load_config(root / "tune_configs/llama-3.1-70b.yaml")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
+def test_parameters_are_those_of_the_model(family):
+    model = make_model(family)
+    shape = Shape.from_config(model.config.to_dict())
+    assert shape.num_parameters == sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    assert shape.without(2).num_blocks == 3
+
+
+def test_lora_parameters_are_those_of_peft():
+    model = make_model("llama")
+    shape = Shape.from_config(model.config.to_dict())
+    student = select_trained(model, Distillation(trained="lora", lora_rank=4))
+    assert not linear_blocks(student)
+    assert shape.lora_parameters(4) == sum(p.numel() for p in student.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llama-2-7b", 6.74), ("llama-3.1-70b", 70.55), ("llama-3.1-405b", 405.85)])
+def test_known_models_have_their_published_size(name, billions):
+    assert SHAPES[name].num_parameters / 1e9 == pytest.approx(billions, rel=0.001)
+
+
+def test_a_forward_pass_takes_two_operations_a_weight():
+    shape = SHAPES["llama-3.1-70b"]
+    assert shape.forward_operations(0) == pytest.approx(2 * shape.num_parameters, rel=0.02)  # the embedding is looked up
+    assert shape.step_operations(512, "all") == 3 * shape.forward_operations(512)
+    assert 2 < shape.step_operations(512, "lora", 32) / shape.forward_operations(512) < 2.1
+
+
+def test_moments_do_not_depend_on_tokens_but_on_blocks_and_width():
+    shape = SHAPES["llama-2-7b"]
+    assert shape.moments_bytes() == 64 * 32 * 4096**2
+    wider = dataclasses.replace(shape, width=2 * shape.width)
+    assert wider.moments_bytes() == 4 * shape.moments_bytes()
+
+
+def test_checkpointing_keeps_less():
+    shape = SHAPES["llama-3.1-70b"]
+    assert shape.activation_bytes(512, 2, checkpointed=True) < 0.2 * shape.activation_bytes(512, 2)
+
+
+def test_more_accelerators_are_faster_until_every_trial_has_its_own(search):
+    plans = [plan_search(search, SHAPES["llama-2-7b"], H100, count) for count in (8, 16, 64, 128, 512)]
+    seconds = [plan.seconds for plan in plans]
+    assert seconds == sorted(seconds, reverse=True)
+    assert plans[-1].concurrent_trials == search.num_trials
+    assert all(plan.low_seconds < plan.seconds < plan.high_seconds for plan in plans)
+    assert plans[0].trial_seconds == pytest.approx(plans[-1].trial_seconds)
+
+
+def test_larger_models_need_more_of_everything(search):
+    plans = [plan_search(search, SHAPES[f"llama-3.1-{size}"], H100, 512) for size in ("8b", "70b", "405b")]
+    for field in ("seconds", "storage_bytes", "traffic_bytes", "shards", "communication_per_step"):
+        values = [getattr(plan, field) for plan in plans]
+        assert values == sorted(values), field
+    # The sums for `down_proj` of 405 billion parameters, 53,248 wide, are more than a GPU holds beside the streams.
+    assert [plan.fits for plan in plans] == [True, True, False]
+
+
+def test_the_70b_config_asks_for_what_the_plan_says(search):
+    """Eight accelerators a trial: its weights do not fit on fewer."""
+    plan = plan_search(search, read_shape(search.model), H100, 64)
+    assert plan.shards == plan.workers_per_trial == search.run.num_workers
+    assert plan.fits
+    assert plan.memory_per_worker < H100.memory
+    assert not plan_search(search, read_shape(search.model), H100, 4).fits
+
+
+def test_bytes_of_a_step():
+    assert bytes_per_step(1000, 1e9, workers=1, shards=1) == 0
+    assert bytes_per_step(1000, 1e9, workers=4, shards=1) == pytest.approx(2 * 4 * 1000 * 3 / 4)
+    assert bytes_per_step(0, 1e9, workers=8, shards=8) == pytest.approx(2 * 1e9 * 7 / 8)
+
+
+def test_the_command_prints_a_column_for_each_size_and_json(root, tmp_path):
+    path = str(root / "tune_configs/llama-3.1-70b.yaml")
+    table = CliRunner().invoke(app, ["plan", path, "--gpus", "8", "--gpus", "64", "--price-per-gpu-hour", "2"])
+    assert table.exit_code == 0, table.output
+    assert "70.6 billion" in table.output
+    assert "cost" in table.output
+    assert "assumption" in table.output
+    own = tmp_path / "config.json"
+    own.write_text(make_model("llama").config.to_json_string())
+    done = CliRunner().invoke(app, ["plan", path, "--model-config", str(own), "--gpus", "1", "--json"])
+    found = json.loads(done.output)
+    assert found["plans"][0]["cost"] is None
+    assert found["plans"][0]["shards"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "h1000"], "choose one of"),
+        (["--gpus", "0"], "give 1 or more"),
+        (["--model-config", "missing.json"], "cannot be read"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(root, arguments, message):
+    path = str(root / "tune_configs/llama-3.1-70b.yaml")
+    assert message in str(CliRunner().invoke(app, ["plan", path, *arguments]).exception)
+
+
+def test_mixtures_of_experts_are_refused():
+    with pytest.raises(ValueError, match="mixture of experts"):
+        Shape.from_config({"num_local_experts": 8, "hidden_size": 32, "num_attention_heads": 4})
+
+
+def test_costs_need_no_torch():
+    code = "import sys, shoal.cost; assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
