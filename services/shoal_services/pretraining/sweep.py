@@ -68,13 +68,20 @@ def run_pretraining(config: PretrainConfig, audience: PretrainAudience, *, num_c
     folder = PretrainFolder(config.folder)
     audience("start Ray", 0, 1)
     connect(config.run.address, num_cpus=num_cpus)
+    audience("start Ray", 1, 1)
+    try:
+        return sweep(config, folder, audience)
+    finally:
+        ray.shutdown()
+
+
+def sweep(config: PretrainConfig, folder: PretrainFolder, audience: PretrainAudience) -> PretrainOutcome:
+    """The same on the cluster that this process is connected to."""
     clearance = check_cluster(config.run, folder.root)
     for remark in clearance.remarks:
         audience.remark(remark)
     folder.claim(config.name, config.science, extensible="sweep")
-    audience("start Ray", 1, 1)
     _prepare(config, folder, audience)
-
     tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")
     parent = search_key(config)
     tracker.start_run(parent, name=config.name, params=flatten(config.science))
@@ -90,7 +97,6 @@ def run_pretraining(config: PretrainConfig, audience: PretrainAudience, *, num_c
         raise
     finally:
         num_unsent = tracker.close()
-        ray.shutdown()
     return PretrainOutcome(folder.root, folder.read_results(), tracker.uri, num_unsent, tracker.problem)
 
 
