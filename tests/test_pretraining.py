@@ -160,6 +160,9 @@ class Listening:
     def show_run(self, result: PretrainResult) -> None:
         self.results.append(result)
 
+    def remark(self, text: str) -> None:
+        self.stages.append(text)
+
 
 def test_a_sweep_on_the_cluster_and_the_same_once_more(ray_cluster, tmp_path):
     prose = write_prose(tmp_path / "prose.txt")
