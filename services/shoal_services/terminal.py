@@ -252,7 +252,7 @@ def plan_table(search: str, model: str, gpu: str, shape: Shape, plans: Sequence[
     lowest, likely, highest = HARDWARE[gpu].efficiency
     caption = (
         f"Estimates. The share of peak that is reached is {source}: {likely:.0%}, likely {lowest:.0%} to {highest:.0%}; "
-        f"that range makes the one in brackets. On a CPU the formulas are off by up to {FORMULA_ERROR:.0%} (tests/fit_cost.py)."
+        f"that range is in brackets. On a CPU the formulas are off by up to {FORMULA_ERROR:.0%} (tests/fit_cost.py)."
     )
     title = f"{search}: {model}, {shape.num_parameters / 1e9:.1f} billion parameters, on {gpu}"
     table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD)
