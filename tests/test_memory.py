@@ -1,4 +1,4 @@
-"""SmolLM2-135M compressed in a process that may not allocate as much as its float32 weights: minutes."""
+"""Models compressed in a process that may not allocate as much as their float32 weights: minutes."""
 
 from __future__ import annotations
 

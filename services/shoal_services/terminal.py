@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from shoal.cost import HARDWARE, Shape
+from shoal.cost import FORMULA_ERROR, HARDWARE, Shape
 from shoal.frontier import name_picks
 from shoal.linearity import RANKING_REASON, BlockLinearity
 from shoal.pretrain_recipe import Regularizer
@@ -304,7 +304,7 @@ def plan_table(search: str, model: str, gpu: str, shape: Shape, plans: Sequence[
     lowest, likely, highest = HARDWARE[gpu].efficiency
     caption = (
         f"Estimates. The share of peak that is reached is {source}: {likely:.0%}, likely {lowest:.0%} to {highest:.0%}; "
-        "that range makes the one in brackets. How far the formulas are off: tests/fit_cost.py."
+        f"that range is in brackets. On a CPU the formulas are off by up to {FORMULA_ERROR:.0%} (tests/fit_cost.py)."
     )
     title = f"{search}: {model}, {shape.num_parameters / 1e9:.1f} billion parameters, on {gpu}"
     table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD)
