@@ -23,7 +23,7 @@ H100 = HARDWARE["h100"]
 
 @pytest.fixture
 def search(root):
-    return load_config(root / "tune_configs/llama-3.1-70b.yaml")
+    return load_config(root / "tune_configs/qwen3-8b.yaml")
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
@@ -80,17 +80,13 @@ def test_larger_models_need_more_of_everything(search):
     for field in ("seconds", "storage_bytes", "traffic_bytes", "shards", "communication_per_step"):
         values = [getattr(plan, field) for plan in plans]
         assert values == sorted(values), field
-    # The sums for `down_proj` of 405 billion parameters, 53,248 wide, are more than a GPU holds beside the streams.
-    assert [plan.fits for plan in plans] == [True, True, False]
+    assert [plan.fits for plan in plans] == [True, False, False]
 
 
-def test_the_70b_config_asks_for_what_the_plan_says(search):
-    """Eight accelerators a trial: its weights do not fit on fewer."""
-    plan = plan_search(search, read_shape(search.model), H100, 64)
-    assert plan.shards == plan.workers_per_trial == search.run.num_workers
-    assert plan.fits
-    assert plan.memory_per_worker < H100.memory
-    assert not plan_search(search, read_shape(search.model), H100, 4).fits
+def test_what_no_accelerator_holds_is_said(search):
+    plan = plan_search(search, SHAPES["llama-3.1-70b"], H100, 64)
+    assert not plan.fits and plan.shards > 4
+    assert plan.memory_per_worker > H100.memory
 
 
 def test_bytes_of_a_step():
@@ -100,8 +96,8 @@ def test_bytes_of_a_step():
 
 
 def test_the_command_prints_a_column_for_each_size_and_json(root, tmp_path):
-    path = str(root / "tune_configs/llama-3.1-70b.yaml")
-    table = CliRunner().invoke(app, ["plan", path, "--gpus", "8", "--gpus", "64", "--price-per-gpu-hour", "2"])
+    path = str(root / "tune_configs/qwen3-8b.yaml")
+    table = CliRunner().invoke(app, ["plan", path, "--model-config", "llama-3.1-70b", "--gpus", "8", "--gpus", "64", "--price-per-gpu-hour", "2"])
     assert table.exit_code == 0, table.output
     assert "70.6 billion" in table.output
     assert "cost" in table.output
@@ -123,7 +119,7 @@ def test_the_command_prints_a_column_for_each_size_and_json(root, tmp_path):
     ],
 )
 def test_what_cannot_be_planned_is_refused(root, arguments, message):
-    path = str(root / "tune_configs/llama-3.1-70b.yaml")
+    path = str(root / "tune_configs/qwen3-8b.yaml")
     assert message in str(CliRunner().invoke(app, ["plan", path, *arguments]).exception)
 
 

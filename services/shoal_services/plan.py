@@ -40,7 +40,8 @@ class Phase:
 class Plan:
     """A search on `num_gpus` accelerators. Bytes are a worker's, but for storage and traffic; seconds are of the clock.
 
-    `shards` is the number of workers that a trial's weights have to be spread over to fit, 1 if they need not be.
+    A trial holds its weights whole in every worker; `shards` is the number of workers that they would have to be spread
+    over to fit, which trials do not do yet, and so it fits if that is 1.
     `communication_per_step` counts bytes that a worker sends for one optimiser step.
     """
 
@@ -76,11 +77,10 @@ def plan_search(
     recipe = middle_recipe(config)
     dtype = DTYPE_BYTES[config.dtype or "bfloat16"]
     shards = find_shards(config, recipe, shape, hardware, dtype)
-    workers = max(config.run.num_workers, shards)
-    workers = min(workers, num_gpus)
+    workers = min(config.run.num_workers, num_gpus)
     concurrent = max(1, min(num_gpus // workers, config.run.max_concurrent_trials or num_gpus, config.num_trials))
     prepared = prepare_seconds(config, shape, hardware, concurrent, workers)
-    phases = trial_phases(config, recipe, shape, hardware, workers, shards, dtype)
+    phases = trial_phases(config, recipe, shape, hardware, workers, 1, dtype)
     trial = sum(phase.seconds for phase in phases)
     memory = max(phase.memory for phase in phases)
     waves = math.ceil(config.num_trials / concurrent)
@@ -93,7 +93,7 @@ def plan_search(
     distil = next((phase for phase in phases if phase.name == "distil"), None)
     return Plan(
         num_gpus=num_gpus, workers_per_trial=workers, shards=shards, concurrent_trials=concurrent,
-        memory_per_worker=memory, fits=shards <= num_gpus and memory <= hardware.memory,
+        memory_per_worker=memory, fits=shards == 1,
         tokens_per_second=settings.num_tokens / distil.seconds if settings and distil else 0.0,
         prepare_seconds=prepared, trial_seconds=trial, seconds=seconds, low_seconds=low, high_seconds=high,
         communication_per_step=distil.communication / settings.num_steps if settings and distil else 0.0,

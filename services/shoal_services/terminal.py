@@ -316,8 +316,7 @@ def plan_table(search: str, model: str, gpu: str, shape: Shape, plans: Sequence[
         table.add_row(label, *(show(plan) for plan in plans))
 
     add("workers per trial", lambda p: str(p.workers_per_trial))
-    add("weights spread over", lambda p: "no need" if p.shards == 1 else f"{p.shards}")
-    add("fits", lambda p: "yes" if p.fits else "no")
+    add("a trial fits on its workers", lambda p: "yes" if p.fits else f"no: it takes the memory of {p.shards}")
     add("memory per worker", lambda p: f"{p.memory_per_worker / 1e9:,.0f} GB")
     add("trials at once", lambda p: str(p.concurrent_trials))
     add("distillation, tokens/s a trial", lambda p: f"{p.tokens_per_second:,.0f}")
@@ -329,6 +328,9 @@ def plan_table(search: str, model: str, gpu: str, shape: Shape, plans: Sequence[
     add("storage traffic", lambda p: f"{p.traffic_bytes / 1e12:,.2f} TB")
     if any(plan.cost is not None for plan in plans):
         add("cost", lambda p: f"{p.cost:,.0f}")
+    return table
+
+
 def task_table(name: str, scores: Sequence[TaskScore]) -> Table:
     """A model's scores in tasks beside the dense model's."""
     caption = "± one standard error over examples (of the difference: paired)."

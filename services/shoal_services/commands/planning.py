@@ -29,7 +29,7 @@ def plan(
 
     Examples:
 
-        shoal plan tune_configs/llama-3.1-70b.yaml --gpus 8 --gpus 64 --gpus 512
+        shoal plan tune_configs/qwen3-8b.yaml --model-config llama-3.1-8b --gpus 8 --gpus 64 --gpus 512
 
         shoal plan my.yaml --model-config llama-3.1-405b --gpus 512 --gpu h200 --price-per-gpu-hour 4 --json
     """
