@@ -44,11 +44,13 @@ def _check_resources(pod: Pod) -> Iterator[str]:
     for container in pod.containers:
         requests, limits = (container.get("resources", {}).get(kind, {}) for kind in ("requests", "limits"))
         told = f"{pod.part or 'pod'}, container {container['name']!r}"
-        missing = [f"{k}.{r}" for k, v in (("requests", requests), ("limits", limits)) for r in ("cpu", "memory") if r not in v]
+        missing = [
+            f"{k}.{r}" for k, v in (("requests", requests), ("limits", limits)) for r in ("cpu", "memory") if r not in v
+        ]
         if missing:
             yield f"{told}: resources.{missing[0]} is missing; Ray and the scheduler would guess"
         elif read_quantity(requests["memory"]) != read_quantity(limits["memory"]):
-            yield f"{told}: memory requests {requests['memory']} and limits {limits['memory']} differ: it would be killed first"
+            yield f"{told}: memory requests {requests['memory']} and limits {limits['memory']} differ; make them equal"
         elif pod.part == "head group" and read_quantity(limits["memory"]) < MIN_HEAD_BYTES:
             yield f"{told}: {limits['memory']} of memory is too little for Ray's head; give 4Gi or more"
 
