@@ -52,7 +52,7 @@ def check_schemas(manifests: list[Manifest], crds: dict[str, Any]) -> list[Probl
 
 
 def read_crds(folder: Path) -> dict[str, Any]:
-    """Kind → closed JSON schema of its v1: what the schema does not name is an error. Raises ValueError if there is none."""
+    """Kind → closed JSON schema of its v1: fields it does not name are errors. Raises ValueError if there is none."""
     schemas = {}
     for file in sorted(folder.glob("*.yaml")):
         definition = yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
