@@ -114,7 +114,7 @@ def test_the_command_prints_a_column_for_each_size_and_json(root, tmp_path):
     ("arguments", "message"),
     [
         (["--gpu", "h1000"], "choose one of"),
-        (["--gpus", "0"], "give 1 or more"),
+        (["--model-config", "llama-2-7b", "--gpus", "0"], "give 1 or more"),
         (["--model-config", "missing.json"], "cannot be read"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from decimal import Decimal
 from typing import Any
 
 import yaml
@@ -13,8 +12,8 @@ import yaml
 from shoal_services.k8s.manifests import Manifest, Pod, Problem, iter_clusters, iter_pods, name_of
 from shoal_services.k8s.serve_config import BUILDER, read_applications
 
-UNITS = {"": 1, "m": Decimal("0.001"), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-UNITS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+UNITS = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+UNITS |= {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
 GPU = "nvidia.com/gpu"
 MIN_HEAD_BYTES = 4 * 2**30
 
@@ -37,18 +36,20 @@ def check_capacity(manifests: list[Manifest]) -> list[Problem]:
 def read_quantity(quantity: Any) -> float:
     """Kubernetes' quantities in units or bytes: `500m` is .5, `8Gi` is 2³³."""
     number, unit = re.fullmatch(r"([0-9.]+)([a-zA-Z]*)", str(quantity)).groups()  # type: ignore[union-attr]
-    return float(Decimal(number) * UNITS[unit])
+    return float(number) * UNITS[unit]
 
 
 def _check_resources(pod: Pod) -> Iterator[str]:
     for container in pod.containers:
         requests, limits = (container.get("resources", {}).get(kind, {}) for kind in ("requests", "limits"))
         told = f"{pod.part or 'pod'}, container {container['name']!r}"
-        missing = [f"{k}.{r}" for k, v in (("requests", requests), ("limits", limits)) for r in ("cpu", "memory") if r not in v]
+        missing = [
+            f"{k}.{r}" for k, v in (("requests", requests), ("limits", limits)) for r in ("cpu", "memory") if r not in v
+        ]
         if missing:
             yield f"{told}: resources.{missing[0]} is missing; Ray and the scheduler would guess"
         elif read_quantity(requests["memory"]) != read_quantity(limits["memory"]):
-            yield f"{told}: memory requests {requests['memory']} and limits {limits['memory']} differ: it would be killed first"
+            yield f"{told}: memory requests {requests['memory']} and limits {limits['memory']} differ; make them equal"
         elif pod.part == "head group" and read_quantity(limits["memory"]) < MIN_HEAD_BYTES:
             yield f"{told}: {limits['memory']} of memory is too little for Ray's head; give 4Gi or more"
 

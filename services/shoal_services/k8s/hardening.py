@@ -27,7 +27,9 @@ def check_hardening(manifests: list[Manifest]) -> list[Problem]:
             if URL_PASSWORD.search(text):
                 problems.append(Problem("secrets", where, f"a password stands in {text[:40]!r}; refer to a Secret"))
             if "trust_remote_code" in text:
-                problems.append(Problem("hardening", where, "trust_remote_code: nothing may run code from a model's folder"))
+                problems.append(
+                    Problem("hardening", where, "trust_remote_code: nothing may run code from a model's folder")
+                )
         problems += [Problem("hardening", pod.where, said) for pod in iter_pods(manifest) for said in _check_pod(pod)]
         problems += [Problem("secrets", pod.where, said) for pod in iter_pods(manifest) for said in _check_variables(pod)]
     return problems

@@ -86,7 +86,7 @@ def _check_groups(cluster: Manifest) -> Iterator[str]:
         if any(not isinstance(value, str) for value in parameters.values()):
             yield f"{part}: rayStartParams are strings; quote numbers"
     if cluster["headGroupSpec"].get("rayStartParams", {}).get("num-cpus") != "0":
-        yield "head group: rayStartParams.num-cpus must be \"0\", or work takes the memory of Ray's own processes"
+        yield 'head group: rayStartParams.num-cpus must be "0", or work takes the memory of Ray\'s own processes'
     for part, group in groups[1:]:
         least, most, now = (group.get(key) for key in ("minReplicas", "maxReplicas", "replicas"))
         if least is None or most is None:

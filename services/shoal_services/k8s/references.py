@@ -85,21 +85,27 @@ def _check_volumes(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Probl
         spec, volumes = pod.template["spec"], {volume["name"]: volume for volume in pod.template["spec"].get("volumes", [])}
         account = spec.get("serviceAccountName")
         if account not in accounts:
-            yield Problem("references", pod.where, f"serviceAccountName {account!r} is not there{suggest(str(account), accounts)}")
+            yield Problem(
+                "references", pod.where, f"serviceAccountName {account!r} is not there{suggest(str(account), accounts)}"
+            )
         for volume in volumes.values():
             claim = volume.get("persistentVolumeClaim", {}).get("claimName")
             config_map = volume.get("configMap", {}).get("name")
             if claim and claim not in claims:
                 yield Problem("references", pod.where, f"claim {claim!r} is not there{suggest(claim, claims)}")
             if config_map and config_map not in config_maps:
-                yield Problem("references", pod.where, f"ConfigMap {config_map!r} is not there{suggest(config_map, config_maps)}")
+                yield Problem(
+                    "references", pod.where, f"ConfigMap {config_map!r} is not there{suggest(config_map, config_maps)}"
+                )
             if claim:
                 shared.setdefault(claim, set()).add(pod.where)
         for container in pod.containers:
             yield from _check_mounts(pod, container, set(volumes) | templates)
     for claim, users in shared.items():
         if len(users) > 1 and claim in claims and "ReadWriteMany" not in claims[claim]["spec"]["accessModes"]:
-            yield Problem("storage", f"PersistentVolumeClaim/{claim}", f"{len(users)} pods mount it: it must be ReadWriteMany")
+            yield Problem(
+                "storage", f"PersistentVolumeClaim/{claim}", f"{len(users)} pods mount it: it must be ReadWriteMany"
+            )
 
 
 def _check_mounts(pod: Pod, container: Manifest, known: set[str]) -> Iterator[Problem]:
@@ -131,7 +137,9 @@ def _check_secrets(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Probl
 
 def _check_secret(where: str, name: str, key: str | None) -> Iterator[Problem]:
     if name not in SECRETS:
-        yield Problem("references", where, f"secret {name!r} is not one that README.md tells to make{suggest(name, SECRETS)}")
+        yield Problem(
+            "references", where, f"secret {name!r} is not one that README.md tells to make{suggest(name, SECRETS)}"
+        )
     elif key is not None and key not in SECRETS[name]:
         yield Problem("references", where, f"secret {name!r} has no key {key!r}{suggest(key, SECRETS[name])}")
 
@@ -161,7 +169,9 @@ def _check_urls(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Problem]
         for port in service["spec"]["ports"]:
             target = port.get("targetPort", port["port"])
             if target not in opened:
-                yield Problem("references", f"Service/{name}", f"port {port['port']} leads to {target!r}, which no pod opens")
+                yield Problem(
+                    "references", f"Service/{name}", f"port {port['port']} leads to {target!r}, which no pod opens"
+                )
 
 
 def _list_urls_of(manifest: Manifest) -> list[str]:

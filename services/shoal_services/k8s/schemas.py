@@ -52,7 +52,7 @@ def check_schemas(manifests: list[Manifest], crds: dict[str, Any]) -> list[Probl
 
 
 def read_crds(folder: Path) -> dict[str, Any]:
-    """Kind → closed JSON schema of its v1: what the schema does not name is an error. Raises ValueError if none is there."""
+    """Kind → closed JSON schema of its v1: fields it does not name are errors. Raises ValueError if there is none."""
     schemas = {}
     for file in sorted(folder.glob("*.yaml")):
         definition = yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -89,7 +89,8 @@ def _find_core_complaint(text: str) -> str | None:
 
 def _check_custom(manifest: Manifest, crds: dict[str, Any]) -> list[Problem]:
     if manifest["kind"] not in CLUSTERS:
-        return [Problem("schema", name_of(manifest), f"{CUSTOM} has no {manifest['kind']}{suggest(manifest['kind'], CLUSTERS)}")]
+        message = f"{CUSTOM} has no {manifest['kind']}{suggest(manifest['kind'], CLUSTERS)}"
+        return [Problem("schema", name_of(manifest), message)]
     unknown = [Problem("schema", name_of(manifest), complaint) for complaint in _find_unknown(manifest)]
     if unknown or not crds:
         return unknown
@@ -97,7 +98,9 @@ def _check_custom(manifest: Manifest, crds: dict[str, Any]) -> list[Problem]:
 
     errors = jsonschema.Draft202012Validator(crds[manifest["kind"]]).iter_errors(manifest)
     return [
-        Problem("schema", name_of(manifest), f"{'.'.join(str(part) for part in error.absolute_path)}: {error.message[:300]}")
+        Problem(
+            "schema", name_of(manifest), f"{'.'.join(str(part) for part in error.absolute_path)}: {error.message[:300]}"
+        )
         for error in errors
     ]
 
@@ -106,7 +109,9 @@ def _find_unknown(manifest: Manifest) -> Iterator[str]:
     places = [(manifest["kind"], manifest.get("spec") or {})]
     for cluster in iter_clusters(manifest):
         places += [("RayCluster", cluster)] if manifest["kind"] != "RayCluster" else []
-        places += [(name, cluster[name]) for name in ("headGroupSpec", "authOptions", "autoscalerOptions") if name in cluster]
+        places += [
+            (name, cluster[name]) for name in ("headGroupSpec", "authOptions", "autoscalerOptions") if name in cluster
+        ]
         places += [("workerGroupSpecs", group) for group in cluster.get("workerGroupSpecs", [])]
     for place, value in places:
         known = FIELDS[place].split()

@@ -27,7 +27,7 @@ def read_applications(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _check(spec: Manifest) -> Iterator[str]:
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
     from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
     try:
@@ -38,7 +38,7 @@ def _check(spec: Manifest) -> Iterator[str]:
     if not isinstance(config, dict) or not isinstance(config.get("applications"), list):
         yield "serveConfigV2 must be a mapping with a list of applications"
         return
-    places: list[tuple[str, Any, type]] = [("serveConfigV2", config, ServeDeploySchema)]
+    places: list[tuple[str, Any, type[BaseModel]]] = [("serveConfigV2", config, ServeDeploySchema)]
     places.append(("http_options", config.get("http_options", {}), HTTPOptionsSchema))
     for application in config["applications"]:
         places.append((f"application {application.get('name')!r}", application, ServeApplicationSchema))

@@ -102,7 +102,7 @@ class Rollout(Fleet):
 class Ingress:
     """The gateway behind Serve's proxy. It is healthy once it knows what there is to serve."""
 
-    async def __init__(self, rollout: DeploymentHandle):
+    async def __init__(self, rollout: DeploymentHandle):  # type: ignore[misc]  # Serve awaits it
         self._following: asyncio.Task[None] | None = None
         self.gateway = Gateway()
         self._rollout, self._known = rollout, ""
