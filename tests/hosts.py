@@ -55,8 +55,10 @@ class Hosts:
         self.plug_in(index)
         role = ("--head", "--dashboard-host=0.0.0.0") if index == 1 else (f"--address={self.address(1)}:6379",)
         words = [str(BIN / "ray"), "start", *role, f"--node-ip-address={self.address(index)}", f"--num-cpus={num_cpus}"]
-        mount = f"mount -t tmpfs tmpfs {shlex.quote(str(private))} && " if private else ""
-        script = f"{mount}exec {shlex.join([*words, *RAY_START])}"
+        # Ray's folder is each host's own: nodes that share it delete each other's working directories.
+        own = [self.environment["RAY_TMPDIR"], *([str(private)] if private else [])]
+        mounts = "".join(f"mount -t tmpfs tmpfs {shlex.quote(folder)} && " for folder in own)
+        script = f"{mounts}exec {shlex.join([*words, *RAY_START])}"
         log = self.logs / f"raylet{index}.txt"
         with log.open("w") as file:
             process = self.start(index, "unshare", "--mount", "sh", "-c", script, stdout=file, stderr=file)

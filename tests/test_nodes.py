@@ -82,10 +82,11 @@ def read_first_step(folder: RunFolder) -> float:
 def find_nodes_of_workers(hosts: Hosts) -> list[str]:
     """The node of every Train worker that the cluster has had."""
     code = (
-        "import json, ray; from ray.util.state import list_actors; ray.init('auto', logging_level='ERROR'); "
-        "print(json.dumps([a.node_id for a in list_actors(filters=[('class_name', '=', 'RayTrainWorker')], limit=500)]))"
+        "import json; from ray.util.state import list_actors; "
+        f"found = list_actors({hosts.dashboard!r}, filters=[('class_name', '=', 'RayTrainWorker')], limit=500); "
+        "print(json.dumps([actor.node_id for actor in found]))"
     )
-    return json.loads(hosts.run(HEAD, sys.executable, "-c", code).stdout.splitlines()[-1])
+    return json.loads(hosts.run(LAPTOP, sys.executable, "-c", code).stdout.splitlines()[-1])
 
 
 def test_a_search_from_a_laptop_that_is_closed(hosts, storage, root, tmp_path):
