@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
@@ -142,6 +143,23 @@ def watch_trials(display: ProgressDisplay, trials: Path) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+
+
+@contextmanager
+def follow_trials(trials: Path) -> Iterator[ProgressDisplay]:
+    """Bars and what each running trial is doing, while the block runs; Ctrl-C ends it with exit code 130."""
+    try:
+        with show_progress() as display, watch_trials(display, trials):
+            yield display
+    except KeyboardInterrupt as interrupt:
+        console.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from interrupt
+
+
+def tell_unsent(num_unsent: int, problem: str | None) -> None:
+    """Says how many records wait for a tracker that did not answer."""
+    if num_unsent:
+        console.print(f"{num_unsent} records wait for the tracker ({problem}); give the same command again when it is up")
 
 
 def comparison_table(profiles: Sequence[Profile]) -> Table:

@@ -37,19 +37,15 @@ def pretrain(
     loaded = loaded.model_copy(update={"run": run})
 
     from shoal_services.pretraining.sweep import run_pretraining
-    from shoal_services.terminal import console, show_progress, watch_trials
+    from shoal_services.terminal import follow_trials
 
-    try:
-        with show_progress() as display, watch_trials(display, loaded.folder / "trials"):
-            outcome = run_pretraining(loaded, display, num_cpus=num_cpus)
-    except KeyboardInterrupt as interrupt:
-        console.print("stopped; the same command goes on from here")
-        raise typer.Exit(130) from interrupt
+    with follow_trials(loaded.folder / "trials") as display:
+        outcome = run_pretraining(loaded, display, num_cpus=num_cpus)
     _print_outcome(loaded.name, outcome, as_json)
 
 
 def _print_outcome(name: str, outcome, as_json: bool) -> None:
-    from shoal_services.terminal import console, output, pretraining_table
+    from shoal_services.terminal import console, output, pretraining_table, tell_unsent
 
     finished = [result for result in outcome.results if result.status == "finished"]
     if as_json:
@@ -59,11 +55,7 @@ def _print_outcome(name: str, outcome, as_json: bool) -> None:
     for result in outcome.results:
         if result.status != "finished":
             console.print(f"run {result.key} {result.status}: {result.reason}")
-    if outcome.num_unsent:
-        console.print(
-            f"{outcome.num_unsent} records wait for the tracker ({outcome.tracking_problem}); "
-            "give the same command again when it is up"
-        )
+    tell_unsent(outcome.num_unsent, outcome.tracking_problem)
     console.print(f"page:     {outcome.folder / 'pretraining.html'}")
     console.print(f"runs:     mlflow ui --backend-store-uri {outcome.tracking_uri}")
     if not finished:

@@ -38,19 +38,15 @@ def search(
     loaded = load_config(config).run_with(address=address, storage=storage, tracking_uri=tracking_uri)
 
     from shoal_services.search import run_search
-    from shoal_services.terminal import console, show_progress, watch_trials
+    from shoal_services.terminal import follow_trials
 
-    try:
-        with show_progress() as display, watch_trials(display, loaded.folder / "trials"):
-            outcome = run_search(loaded, display, num_cpus=num_cpus)
-    except KeyboardInterrupt as interrupt:
-        console.print("stopped; the same command goes on from here")
-        raise typer.Exit(130) from interrupt
+    with follow_trials(loaded.folder / "trials") as display:
+        outcome = run_search(loaded, display, num_cpus=num_cpus)
     _print_outcome(loaded.name, outcome, as_json)
 
 
 def _print_outcome(name: str, outcome, as_json: bool) -> None:
-    from shoal_services.terminal import console, frontier_table, output
+    from shoal_services.terminal import console, frontier_table, output, tell_unsent
 
     if as_json:
         print((outcome.folder / "frontier.json").read_text())
@@ -59,11 +55,7 @@ def _print_outcome(name: str, outcome, as_json: bool) -> None:
     for result in outcome.results:
         if result.status != "finished":
             console.print(f"trial {result.key} {result.status}: {result.reason}")
-    if outcome.num_unsent:
-        console.print(
-            f"{outcome.num_unsent} records wait for the tracker ({outcome.tracking_problem}); "
-            "give the same command again when it is up"
-        )
+    tell_unsent(outcome.num_unsent, outcome.tracking_problem)
     folder = outcome.folder
     console.print(f"frontier: {folder / 'frontier.html'}   linearity: {folder / 'linearity.html'}")
     if (folder / "curves.html").exists():
