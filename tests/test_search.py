@@ -18,11 +18,13 @@ from typing import Any
 import mlflow
 import psutil
 import pytest
+import shoal
 import torch
 import yaml
 from conftest import write_task
 from mlflow.entities import Run
 from pages import Page
+from shoal.blocks import find_zeros
 from shoal.frontier import find_frontier, name_picks
 from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Point
@@ -386,3 +388,26 @@ def test_two_workers_make_one_model(make_search):
     search = make_search(search={"num_trials": 1}, run={"num_workers": 2, "cpus_per_worker": 1})
     search.run()
     assert_whole(search, 1)
+
+
+@pytest.mark.slow
+def test_zeros_and_factors_are_axes_beside_depth(make_search):
+    """Two workers agree on the zeros, and distillation keeps them."""
+    search = make_search(
+        space={
+            "num_replaced": {"choice": [0, 2]}, "kind": "folded",
+            "sparsity": "2:4", "weight_share": {"choice": [None, 0.8]},
+        },
+        search={"num_trials": 2, "start_with": [
+            {"num_replaced": 0, "weight_share": 0.8, "learning_rate": 0.001},
+            {"num_replaced": 2, "weight_share": None, "learning_rate": 0.001},
+        ]},
+        run={"num_workers": 2, "cpus_per_worker": 1, "keep_models": "all"},
+    )  # fmt: skip
+    search.run()
+    assert_whole(search, 2)
+    for result in search.folder.read_results():
+        zeros = find_zeros(shoal.load(result.point.artefact, dtype="float32"))
+        assert all((zero.view(len(zero), -1, 4).sum(-1) == 2).all() for zero in zeros.values())
+        assert result.point.size.num_bitmask_bytes < result.point.size.num_bytes
+    assert "SVD 80 %, 2:4 sparse" in (search.folder.root / "frontier.json").with_suffix(".html").read_text()
