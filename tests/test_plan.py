@@ -15,7 +15,7 @@ from shoal.replace import linear_blocks
 from shoal.trainable import select_trained
 from shoal_services.cli import app
 from shoal_services.config import load_config
-from shoal_services.plan import bytes_per_step, plan_search, read_shape
+from shoal_services.plan import bytes_per_step, plan_search
 from typer.testing import CliRunner
 
 H100 = HARDWARE["h100"]
@@ -97,7 +97,9 @@ def test_bytes_of_a_step():
 
 def test_the_command_prints_a_column_for_each_size_and_json(root, tmp_path):
     path = str(root / "tune_configs/qwen3-8b.yaml")
-    table = CliRunner().invoke(app, ["plan", path, "--model-config", "llama-3.1-70b", "--gpus", "8", "--gpus", "64", "--price-per-gpu-hour", "2"])
+    table = CliRunner().invoke(
+        app, ["plan", path, "--model-config", "llama-3.1-70b", "--gpus", "8", "--gpus", "64", "--price-per-gpu-hour", "2"]
+    )
     assert table.exit_code == 0, table.output
     assert "70.6 billion" in table.output
     assert "cost" in table.output

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from shoal_services.commands import (
-    finetuning, jobs, kubernetes, machine, models, planning, pretraining, quality, searches, serving,
+    finetuning,
+    jobs,
+    kubernetes,
+    machine,
+    models,
+    planning,
+    pretraining,
+    quality,
+    searches,
+    serving,
 )  # fmt: skip
 
 app = typer.Typer(

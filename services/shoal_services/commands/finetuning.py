@@ -92,17 +92,14 @@ def finetune(
         }
     )  # fmt: skip
     from shoal_services.finetuning.sweep import run_finetuning
-    from shoal_services.terminal import console, output, show_progress, watch_trials
+    from shoal_services.terminal import console, follow_trials, output, tell_unsent
 
-    try:
-        with show_progress() as display, watch_trials(display, config.folder / "trials"):
-            outcome = run_finetuning(config, display, num_cpus=num_cpus)
-    except KeyboardInterrupt as interrupt:
-        console.print("stopped; the same command goes on from here")
-        raise typer.Exit(130) from interrupt
+    with follow_trials(config.folder / "trials") as display:
+        outcome = run_finetuning(config, display, num_cpus=num_cpus)
     for result in outcome.results:
         if result.status != "finished":
             console.print(f"{result.key} {result.status}: {result.reason}")
+    tell_unsent(outcome.num_unsent, outcome.tracking_problem)
     if outcome.finetuned is None:
         raise typer.Exit(1)
     if as_json:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoal_services.commands.options import AsJson
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from shoal_services.doctor import Check
 
 
 def doctor(
@@ -26,7 +33,7 @@ def doctor(
         shoal doctor --address ray://head:10001 --storage /mnt/shared --tracking-uri http://mlflow:5000
     """
     from shoal_services.doctor import examine
-    from shoal_services.terminal import doctor_table, output
+    from shoal_services.terminal import output
 
     checks = examine(storage=storage, tracking_uri=tracking_uri, address=address)
     if as_json:
@@ -35,3 +42,16 @@ def doctor(
         output.print(doctor_table(checks))
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
+
+
+def doctor_table(checks: Sequence[Check]) -> Table:
+    """What was checked, what was found, and what to do where it is wrong."""
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for check in checks:
+        mark = "[green]ok[/green]" if check.passed else "[red]no[/red]"
+        table.add_row(
+            mark, check.name, check.finding + (f"\n→ {check.remedy}" if check.remedy and not check.passed else "")
+        )
+    return table

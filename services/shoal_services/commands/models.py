@@ -73,7 +73,8 @@ def profile(
     from shoal.profile import profile_model
 
     from shoal_services.linearity_page import write_comparison_page, write_linearity_page
-    from shoal_services.terminal import comparison_table, console, linearity_table, output, show_progress
+    from shoal_services.tables import comparison_table, linearity_table
+    from shoal_services.terminal import console, output, show_progress
 
     if len(models) > 1 and revision:
         raise ValueError("--revision chooses among the revisions of one model; name one model, or none of its revisions")
@@ -149,7 +150,8 @@ def compress(
     from shoal.compress import compress as run
     from shoal.recipe import Distillation, Recipe
 
-    from shoal_services.terminal import console, output, point_table, show_progress
+    from shoal_services.tables import point_table
+    from shoal_services.terminal import console, output, show_progress
 
     listed = _parse_blocks(blocks)
     if (num_replaced is None) == (listed is None):
@@ -214,7 +216,8 @@ def evaluate(
         return
     from shoal.profile import evaluate_beside
 
-    from shoal_services.terminal import evaluation_table, output, show_progress
+    from shoal_services.tables import evaluation_table
+    from shoal_services.terminal import output, show_progress
 
     texts = make_texts(evaluation_text, evaluation_text, evaluation_tokens=evaluation_tokens, window=window)
     with show_progress() as listen:
@@ -230,7 +233,8 @@ def _evaluate_on_tasks(
 ) -> None:
     from shoal.tasks import evaluate_on_tasks
 
-    from shoal_services.terminal import output, task_table
+    from shoal_services.tables import task_table
+    from shoal_services.terminal import output
 
     scores = evaluate_on_tasks(model, dense, names, limit=limit, dtype=dtype)
     if as_json:

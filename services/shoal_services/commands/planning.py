@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoal_services.commands.options import AsJson
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rich.table import Table
+    from shoal.cost import Shape
+
+    from shoal_services.plan import Plan
 
 
 def plan(
@@ -37,7 +45,7 @@ def plan(
 
     from shoal_services.config import load_config
     from shoal_services.plan import plan_search, read_shape
-    from shoal_services.terminal import output, plan_table
+    from shoal_services.terminal import output
 
     if gpu not in HARDWARE:
         raise ValueError(f"--gpu {gpu!r} is not known; choose one of {', '.join(HARDWARE)}")
@@ -52,3 +60,40 @@ def plan(
         print(json.dumps({"model": name, "gpu": gpu, "plans": [one.as_dict() for one in plans]}, indent=2))
         return
     output.print(plan_table(search.name, name, gpu, shape, plans))
+
+
+def plan_table(search: str, model: str, gpu: str, shape: Shape, plans: Sequence[Plan]) -> Table:
+    """What a search would take, a column for each number of accelerators."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from shoal.cost import FORMULA_ERROR, HARDWARE
+
+    source = "fitted on measurements" if HARDWARE[gpu].measured else "an assumption, not measured by this project"
+    lowest, likely, highest = HARDWARE[gpu].efficiency
+    caption = (
+        f"Estimates. The share of peak that is reached is {source}: {likely:.0%}, likely {lowest:.0%} to {highest:.0%}; "
+        f"that range is in brackets. On a CPU the formulas are off by up to {FORMULA_ERROR:.0%} (tests/fit_cost.py)."
+    )
+    title = f"{search}: {model}, {shape.num_parameters / 1e9:.1f} billion parameters, on {gpu}"
+    table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    table.add_column("")
+    for plan in plans:
+        table.add_column(f"{plan.num_gpus}", justify="right")
+
+    def add(label: str, show: Callable[[Plan], str]) -> None:
+        table.add_row(label, *(show(plan) for plan in plans))
+
+    add("workers per trial", lambda p: str(p.workers_per_trial))
+    add("a trial fits on its workers", lambda p: "yes" if p.fits else f"no: it takes the memory of {p.shards}")
+    add("memory per worker", lambda p: f"{p.memory_per_worker / 1e9:,.0f} GB")
+    add("trials at once", lambda p: str(p.concurrent_trials))
+    add("distillation, tokens/s a trial", lambda p: f"{p.tokens_per_second:,.0f}")
+    add("sent per step and worker", lambda p: f"{p.communication_per_step / 1e9:,.2f} GB")
+    add("prepare", lambda p: f"{p.prepare_seconds / 60:,.1f} min")
+    add("a trial", lambda p: f"{p.trial_seconds / 60:,.1f} min")
+    add("whole search", lambda p: f"{p.seconds / 3600:,.2f} h ({p.low_seconds / 3600:,.2f}–{p.high_seconds / 3600:,.2f})")
+    add("storage", lambda p: f"{p.storage_bytes / 1e12:,.2f} TB")
+    add("storage traffic", lambda p: f"{p.traffic_bytes / 1e12:,.2f} TB")
+    if any(plan.cost is not None for plan in plans):
+        add("cost", lambda p: f"{p.cost:,.0f}")
+    return table

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoal_services.commands.options import AsJson
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from shoal_services.pretraining.results import PretrainResult
 
 
 def pretrain(
@@ -45,7 +52,7 @@ def pretrain(
 
 
 def _print_outcome(name: str, outcome, as_json: bool) -> None:
-    from shoal_services.terminal import console, output, pretraining_table, tell_unsent
+    from shoal_services.terminal import console, output, tell_unsent
 
     finished = [result for result in outcome.results if result.status == "finished"]
     if as_json:
@@ -61,3 +68,29 @@ def _print_outcome(name: str, outcome, as_json: bool) -> None:
     if not finished:
         raise typer.Exit(1)
     console.print(f"look at:  shoal profile {finished[0].model}")
+
+
+def pretraining_table(name: str, results: Sequence[PretrainResult]) -> Table:
+    """The regularisers of a sweep: perplexity and mean linearity, and in brackets the difference to λ = 0."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from shoal.pretrain_recipe import Regularizer
+
+    from shoal_services.pretraining.results import compare, describe_texts, estimate, group_runs
+
+    caption = (
+        f"Linearity: mean over the blocks, held out. ± one standard error over seeds; the second line is the difference to "
+        f"λ = 0, taken seed by seed. {describe_texts(results)}"
+    )
+    table = Table(title=name, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("regulariser", "seeds", "perplexity", "linearity", "without residual"):
+        table.add_column(column, justify="left" if column == "regulariser" else "right")
+    groups = group_runs(results)
+    for one, runs in groups.items():
+        cells = []
+        for field, digits in (("validation_perplexity", 2), ("mean_held_out", 4), ("mean_held_out_without_residual", 4)):
+            difference = compare(runs, groups.get(Regularizer(), []), field) if one.weight else None
+            second = f"\n{difference.text(digits, sign=True)}" if difference else ""
+            cells.append(estimate(runs, field).text(digits) + second)
+        table.add_row(one.label, str(len(runs)), *cells)
+    return table

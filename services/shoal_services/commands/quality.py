@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoal_services.commands.options import AsJson, Dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+    from shoal.probe import Probe
+
+    from shoal_services.judge import CriterionGrade
 
 
 def probe(
@@ -30,7 +38,7 @@ def probe(
     """
     from shoal.probe import load_labelled, probe_model
 
-    from shoal_services.terminal import output, probe_table, show_progress
+    from shoal_services.terminal import output, show_progress
 
     labelled = load_labelled(data)
     labelled.require(folds)
@@ -76,7 +84,7 @@ def judge(
         shoal judge ./my-model --dense ./my-dense --url http://127.0.0.1:8000/v1 --judge large --beginnings begin.txt
     """
     from shoal_services.judge import Judge, Writing, read_beginnings, run_judge
-    from shoal_services.terminal import console, grade_table, output, show_progress
+    from shoal_services.terminal import console, output, show_progress
 
     writing = Writing(
         model=model, dense=dense, beginnings=read_beginnings(beginnings), num_samples=samples, num_new=num_new,
@@ -90,3 +98,42 @@ def judge(
         return
     output.print(grade_table(model, judge, grades))
     console.print(f"stories: {file}")
+
+
+def probe_table(probes: Sequence[Probe]) -> Table:
+    """The accuracy of the probes after each block of the dense model, a column for each model."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    first = probes[0]
+    caption = (
+        f"Accuracy on {first.text}, {first.num_examples:,} texts of {first.num_classes} classes, cross-validated over "
+        f"{first.num_folds} folds, ± one standard error over texts. Naming the largest class: {first.majority:.3f}."
+    )
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("blocks passed", justify="right")
+    for probe in probes:
+        table.add_column(probe.model, justify="right", overflow="fold")
+    for passed in sorted({layer.num_passed for probe in probes for layer in probe.layers}):
+        found = [next((layer for layer in probe.layers if layer.num_passed == passed), None) for probe in probes]
+        cells = (f"{layer.accuracy:.3f} ± {layer.standard_error:.3f}" if layer else "" for layer in found)
+        table.add_row(str(passed), *cells)
+    return table
+
+
+def grade_table(name: str, judge: str, grades: Sequence[CriterionGrade]) -> Table:
+    """A judge's grades of a model's stories beside those of the dense model's."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    caption = f"Grades from 1 to 10 by {judge}, {grades[0].num_stories} stories, ± one standard error over beginnings."
+    table = Table(title=name, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "dense", "graded", "difference"):
+        table.add_column(column, justify="right" if column else "left")
+    for grade in grades:
+        dense = difference = ""
+        if grade.dense_mean is not None:
+            dense = f"{grade.dense_mean:.2f} ± {grade.dense_standard_error:.2f}"
+            difference = f"{grade.mean - grade.dense_mean:+.2f} ± {grade.difference_standard_error:.2f}"
+        table.add_row(grade.criterion, dense, f"{grade.mean:.2f} ± {grade.standard_error:.2f}", difference)
+    return table

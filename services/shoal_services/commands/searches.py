@@ -46,7 +46,8 @@ def search(
 
 
 def _print_outcome(name: str, outcome, as_json: bool) -> None:
-    from shoal_services.terminal import console, frontier_table, output, tell_unsent
+    from shoal_services.tables import frontier_table
+    from shoal_services.terminal import console, output, tell_unsent
 
     if as_json:
         print((outcome.folder / "frontier.json").read_text())
@@ -84,7 +85,8 @@ def frontier(
     from shoal.frontier import find_best_within, find_frontier
 
     from shoal_services.folder import RunFolder
-    from shoal_services.terminal import console, frontier_table, output
+    from shoal_services.tables import frontier_table
+    from shoal_services.terminal import console, output
 
     run = RunFolder(folder)
     if not (folder / "config.json").is_file():

@@ -33,6 +33,7 @@ class FinetuneOutcome:
     results: list[FinetuneResult]
     tracking_uri: str
     num_unsent: int
+    tracking_problem: str | None
 
 
 class FinetuneAudience(Protocol):
@@ -86,7 +87,7 @@ def run_finetuning(config: FinetuneConfig, audience: FinetuneAudience, *, num_cp
     finally:
         num_unsent = tracker.close()
         ray.shutdown()
-    return FinetuneOutcome(folder.root, finetuned, folder.read_results(), tracker.uri, num_unsent)
+    return FinetuneOutcome(folder.root, finetuned, folder.read_results(), tracker.uri, num_unsent, tracker.problem)
 
 
 def _count(config: FinetuneConfig, folder: FinetuneFolder, audience: FinetuneAudience) -> None:
