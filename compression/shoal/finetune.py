@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,8 @@ class ScoredDecoder(nn.Module):
     def __init__(self, model: PreTrainedModel, num_outputs: int):
         super().__init__()
         self.decoder = model.base_model
-        width = int(model.get_input_embeddings().weight.shape[1])
+        embeddings: Any = model.get_input_embeddings()
+        width = int(embeddings.weight.shape[1])
         self.head = nn.Linear(width, num_outputs, device=model.device)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -130,7 +131,7 @@ class FinetuningRun:
     def finish(self) -> PreTrainedModel:
         """The fine-tuned model, LoRA merged, in the dtype that it came in."""
         self.tuned = merge_trained(self.tuned)
-        return self.tuned.to(self.dtype).requires_grad_(False).eval()  # type: ignore[arg-type, return-value]
+        return self.tuned.to(self.dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
 
     def save(self, folder: Path) -> None:
         """What `finish` left as a causal model's folder, with the head in `head.safetensors` beside it."""

@@ -267,7 +267,8 @@ def _measure_streamed(
 
 def _place_on_disk(empty: Moments) -> Moments:
     """Zeros on disk in the place of tensors without memory."""
-    for holder in (empty, *empty.grams.values()):
+    holders: list[Any] = [empty, *empty.grams.values()]
+    for holder in holders:
         for f in fields(holder):
             value = getattr(holder, f.name)
             if isinstance(value, Tensor):

@@ -7,6 +7,7 @@ A whole forward pass works as with any model, and reads all blocks; `hold` keeps
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import shutil
 import tempfile
@@ -114,7 +115,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]
             yield name, parameter.detach
         else:
             weights, inner = places[id(parameter)]
-            yield name, lambda weights=weights, inner=inner: weights.weights_map[inner]
+            yield name, functools.partial(weights.weights_map.__getitem__, inner)
 
 
 def zeros_off_memory(*shape: int, dtype: torch.dtype) -> Tensor:

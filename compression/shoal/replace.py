@@ -150,7 +150,7 @@ def holds_own_modules(model: PreTrainedModel) -> bool:
     return any(getattr(config, name, None) for name in modeling_shoal.OWN_MODULES)
 
 
-def _set_weight(block: nn.Module, projection: nn.Module, weight: Tensor) -> None:
+def _set_weight(block: nn.Module, projection: nn.Linear | Conv1D, weight: Tensor) -> None:
     on_disk = weights_on_disk(block)
     if on_disk is None:
         projection.weight.data = weight.to(projection.weight)

@@ -15,6 +15,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,7 +40,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         own = holds_own_modules(model)
         # Transformers renames some weights of its own classes on the way in and out, but not those of other classes.
         # Shard by shard, where the blocks are on disk: a shard then holds about one block.
-        sharding = {"max_shard_size": _largest_part(model)} if is_on_disk(model) else {}
+        sharding: dict[str, Any] = {"max_shard_size": _largest_part(model)} if is_on_disk(model) else {}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
             model.save_pretrained(aside, save_original_format=not own, **sharding)
