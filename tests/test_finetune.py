@@ -124,6 +124,7 @@ def test_a_batch_that_workers_cannot_share_is_refused(tmp_path: Path):
         FinetuningRun(model, tokenizer, make_labelled().split(0.2), FAST, folder=tmp_path, world_size=3)
 
 
+@pytest.mark.slow
 def test_linearity_before_and_after_over_seeds(tmp_path: Path, tiny_random: str):
     labelled = make_labelled(64)
     rows = [{"text": t, "label": label} for t, label in zip(labelled.texts, labelled.labels, strict=True)]

@@ -193,6 +193,7 @@ class Cable:
                 end.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.slow
 def test_a_log_goes_on_after_the_connection_breaks(dashboard, start_job):
     job = start_job("for i in 1 2 3 4; do echo line $i; sleep 1; done")
     cable = Cable(dashboard, num_cuts=2)
@@ -204,6 +205,7 @@ def test_a_log_goes_on_after_the_connection_breaks(dashboard, start_job):
     assert lines == ["line 1", "line 2", "line 3", "line 4"]
 
 
+@pytest.mark.slow
 def test_a_search_that_runs_is_not_submitted_twice(shoal, dashboard, root, tmp_path):
     """A real submission; the job is refused by its own checks, because the storage is a file."""
     (tmp_path / "file").touch()

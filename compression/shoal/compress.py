@@ -71,8 +71,9 @@ def compress(
         replacement = fit(recipe, model, corpus, preparation, listen=listen)
         student = copy_model(model)
         apply_replacement(student, replacement)
-    with watch.time("thin"):
-        thin_weights(recipe, student, corpus, listen=listen)
+    if recipe.weight_changes:
+        with watch.time("thin"):
+            thin_weights(recipe, student, corpus, listen=listen)
     with watch.time("distil"):
         if recipe.distillation is not None:
             run = DistillationRun(

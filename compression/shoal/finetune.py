@@ -94,9 +94,7 @@ class FinetuningRun:
         settings: Finetuning, *, folder: Path, seed: int = 0, world_size: int = 1, listen: Listener = ignore,
     ):  # fmt: skip
         if settings.batch_size % world_size:
-            raise ValueError(
-                f"batch_size={settings.batch_size} cannot be shared by {world_size} workers; choose a multiple"
-            )
+            raise ValueError(f"batch_size={settings.batch_size} is no multiple of the {world_size} workers; choose one")
         self.tokenizer, self.dtype, self.folder = tokenizer, model.dtype, folder
         train, held_out = examples
         torch.manual_seed(seed)  # the head and LoRA begin at random

@@ -69,12 +69,10 @@ def load_model(
 
     Raises ValueError if there is no such model, or if it is not a causal decoder.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     device = device or choose_device()
+    torch_dtype = _read_dtype(dtype, device)
     if device.type == "cpu" and not streamed:  # where memory is short, it is given back
         keep_freed_memory()
-    torch_dtype = DTYPES[dtype] if dtype else choose_dtype(device)
     folder, extra = _locate(name, revision)
     try:
         model, report = _read_weights(folder, extra, torch_dtype, device if streamed else None)
@@ -142,6 +140,12 @@ def read_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
         raise ValueError(f"cannot read the configuration of {name!r}: {_explain(error)}") from error
 
 
+def _read_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    return DTYPES[dtype] if dtype else choose_dtype(device)
+
+
 def is_memory_short(name: str, *, revision: str | None = None, dtype: str | None = None, num_copies: int = 1) -> bool:
     """Whether this machine's free memory would not hold that many copies of the model and its moments.
 
@@ -150,7 +154,7 @@ def is_memory_short(name: str, *, revision: str | None = None, dtype: str | None
     if name.endswith(".gguf") or _find_shoal_class(Path(name)):
         return False
     device = choose_device()
-    skeleton = make_skeleton(name, revision=revision, dtype=DTYPES[dtype] if dtype else choose_dtype(device))
+    skeleton = make_skeleton(name, revision=revision, dtype=_read_dtype(dtype, device))
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     weights = sum(p.nbytes for p in {id(p): p for p in skeleton.parameters()}.values())
     config = skeleton.config.get_text_config(decoder=True)

@@ -135,7 +135,7 @@ def open_dataset(source: str) -> Dataset:
         return load_dataset(name, config or None, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"cannot load {source!r}: it is not {PACKAGED_TEXT!r}, no local .txt, .jsonl or .parquet file, and not a "
+            f"cannot load text {source!r}: it is not {PACKAGED_TEXT!r}, no local .txt, .jsonl or .parquet file, and not a "
             f"dataset that the Hub (or its cache) gives: {_first_line(error)}"
         ) from error
 
