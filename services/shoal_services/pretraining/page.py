@@ -13,8 +13,6 @@ from shoal.pretrain_recipe import Regularizer
 
 from shoal_services.linearity_page import LAYOUT
 from shoal_services.pretraining.results import (
-    FIELDS,
-    SCORES,
     Estimate,
     PretrainResult,
     compare,
@@ -31,7 +29,11 @@ TITLES = {
     "mean_held_out": "with residual, held out",
     "mean_score": "with residual, in sample (the paper's)",
 }
-HEADINGS = {"validation_perplexity": "perplexity"} | {f: TITLES[f].replace(" (the paper's)", "") for f in SCORES}
+COLUMNS = {
+    "validation_perplexity": "perplexity",
+    "mean_held_out": "with residual, held out",
+    "mean_held_out_without_residual": "without, held out",
+}
 NOTE = (
     "Points are means over seeds, bars one standard error over seeds. Linearity is the mean over the blocks of the share "
     "of variance that one affine map explains: “held out” is fitted on one half of the tokens and scored on the other, "
@@ -98,7 +100,9 @@ def block_figure(groups: Groups, field: str) -> go.Figure:
         blocks = [block["block"] for block in runs[0].blocks]
         found = [Estimate.of([run.blocks[block][field] for run in runs]) for block in blocks]
         figure.add_scatter(x=blocks, y=_means(found), error_y=_bars(found), name=_name(one), **_look(index))
-    return figure.update_layout(**LAYOUT, xaxis_title="block", yaxis_title="linearity, without residual, held out")
+    return figure.update_layout(
+        **LAYOUT, xaxis={"title": "block", "dtick": 1}, yaxis_title="linearity, without residual, held out"
+    )
 
 
 def _name(one: Regularizer) -> str:
@@ -119,12 +123,12 @@ def _look(index: int) -> dict:
 
 def _final_table(groups: Groups) -> str:
     header, rows = ["", "seeds"], []
-    for field in FIELDS:
-        header += [HEADINGS[field], "− λ = 0"]
+    for title in COLUMNS.values():
+        header += [title, "− λ = 0"]
     baseline = groups.get(Regularizer(), [])
     for one, runs in groups.items():
         row = [_name(one), str(len(runs))]
-        for field in FIELDS:
+        for field in COLUMNS:
             digits = 2 if field == "validation_perplexity" else 4
             difference = compare(runs, baseline, field) if one.weight else None
             row += [estimate(runs, field).text(digits), difference.text(digits, sign=True) if difference else ""]
