@@ -164,6 +164,7 @@ class Listening:
         self.stages.append(text)
 
 
+@pytest.mark.slow
 def test_a_sweep_on_the_cluster_and_the_same_once_more(ray_cluster, tmp_path):
     prose = write_prose(tmp_path / "prose.txt")
     run = {"storage": str(tmp_path), "keep_checkpoints": True}
