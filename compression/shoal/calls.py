@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from shoal.blocks import find_blocks, first_tensor, stream_input
@@ -62,13 +63,7 @@ def _find_tail(model: PreTrainedModel, ids: Tensor) -> tuple | None:
         found.append(output)
         raise _Stop
 
-    hook = find_blocks(model)[0].register_forward_hook(stop)
-    try:
-        model.base_model(input_ids=ids, use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        hook.remove()
+    _run_until_stopped(model, ids, find_blocks(model)[0].register_forward_hook(stop))
     return found[0][1:] if isinstance(found[0], tuple) else None
 
 
@@ -112,13 +107,18 @@ def embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
         raise _Stop
 
     hook = find_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    _run_until_stopped(model, ids, hook)
+    return stopped[0]
+
+
+def _run_until_stopped(model: PreTrainedModel, ids: Tensor, hook: RemovableHandle) -> None:
+    """A forward pass that `hook` ends by raising `_Stop`; the hook is gone afterwards."""
     try:
         model.base_model(input_ids=ids, use_cache=False)
     except _Stop:
         pass
     finally:
         hook.remove()
-    return stopped[0]
 
 
 class _Stop(Exception):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -30,6 +31,9 @@ class Trials(Protocol):
     @property
     def folder(self) -> Path: ...
 
+    @property
+    def science(self) -> dict[str, Any]: ...
+
     def trial_key(self, assignment: dict[str, Any]) -> str: ...
 
 
@@ -45,6 +49,19 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
         self.config, self.folder, self.tracker, self.on_end = config, folder, tracker, on_end
         self.parent = search_key(config)
         self.interrupted = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the parent run counts as running; Ctrl-C ends it, and its children, as killed. Then all is sent."""
+        self.tracker.start_run(self.parent, name=self.config.name, params=flatten(self.config.science))
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.tracker.end_orphans(self.parent)
+            self.tracker.end_run(self.parent, "KILLED")
+            raise
+        finally:
+            self.tracker.close()
 
     def name_trial(self, assignment: dict[str, Any]) -> str:
         """What a trial's run is called."""
@@ -122,6 +139,15 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
     def _identify(self, trial: Any) -> tuple[str, dict[str, Any]]:
         assignment = read_assignment(trial.config)
         return self.config.trial_key(assignment), assignment
+
+
+def flatten(value: dict, prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one, with dotted names."""
+    flat: dict[str, object] = {}
+    for name, inner in value.items():
+        path = f"{prefix}{name}"
+        flat |= flatten(inner, f"{path}.") if isinstance(inner, dict) else {path: inner}
+    return flat
 
 
 class SearchEvents(TrialEvents[TrialResult]):

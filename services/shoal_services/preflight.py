@@ -7,7 +7,7 @@ import platform
 import shutil
 import socket
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -60,6 +60,14 @@ def check_cluster(run: Workers, storage: Path) -> Clearance:
         check_nodes(nodes, storage)
     remarks = [remark for remark in (_look_at_tracker(run.tracking_uri),) if remark]
     return Clearance(clearance.concurrent, clearance.remarks + remarks)
+
+
+def clear_cluster(run: Workers, storage: Path, remark: Callable[[str], None]) -> int:
+    """How many trials fit at once, after `check_cluster`, whose remarks are passed on. Raises as that does."""
+    clearance = check_cluster(run, storage)
+    for one in clearance.remarks:
+        remark(one)
+    return clearance.concurrent
 
 
 def fit_trials(run: Workers, nodes: dict[str, Shape], maximum: Maximum) -> Clearance:

@@ -24,10 +24,11 @@ from shoal_services.curves_page import write_curves_page
 from shoal_services.events import SearchEvents, search_key
 from shoal_services.folder import RunFolder, TrialResult
 from shoal_services.linearity_page import write_linearity_page
-from shoal_services.preflight import check_cluster
+from shoal_services.preflight import clear_cluster
 from shoal_services.report import write_frontier_page
 from shoal_services.tracking import Tracker
 from shoal_services.trials import run_trials
+from shoal_services.tuning import Audience
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,15 @@ class Outcome:
     tracking_problem: str | None
 
 
-class Audience(Protocol):
-    """Who hears of a search while it runs: a `Listener`, and results as they come."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None: ...
-
-    def remark(self, text: str) -> None: ...
+class SearchAudience(Audience, Protocol):
+    """Who hears of a search while it runs: also results as they come."""
 
     def show_linearity(self, model: str, scores: Sequence[BlockLinearity]) -> None: ...
 
     def show_trial(self, result: TrialResult) -> None: ...
 
 
-def run_search(config: SearchConfig, audience: Audience, *, num_cpus: int | None = None) -> Outcome:
+def run_search(config: SearchConfig, audience: SearchAudience, *, num_cpus: int | None = None) -> Outcome:
     """Searches, or finishes the search that was begun, and leaves frontier, pages and MLflow runs behind.
 
     Raises ValueError or OSError for what cannot work (before any trial), KeyboardInterrupt after a clean stop.
@@ -62,37 +59,29 @@ def run_search(config: SearchConfig, audience: Audience, *, num_cpus: int | None
     folder = RunFolder(config.folder)
     audience("start Ray", 0, 1)
     connect(config.run.address, num_cpus=num_cpus)
-    clearance = check_cluster(config.run, folder.root)
-    for remark in clearance.remarks:
-        audience.remark(remark)
+    concurrent = clear_cluster(config.run, folder.root, audience.remark)
     folder.claim_search(config)
     audience("start Ray", 1, 1)
-    prepare_search(config, folder, clearance.concurrent, audience)
+    prepare_search(config, folder, concurrent, audience)
     scores = score_blocks(Moments.load(folder.prepared / "moments.safetensors"))
     write_text(folder.root / "linearity.json", json.dumps([dataclasses.asdict(score) for score in scores], indent=2))
     write_linearity_page(folder.root / "linearity.html", config.model, scores)
     audience.show_linearity(config.model, scores)
 
     tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")
-    parent = search_key(config)
-    tracker.start_run(parent, name=config.name, params=flatten(config.science))
     events = SearchEvents(config, folder, tracker, on_end=lambda result: _after_trial(config, folder, result, audience))
     try:
-        results = run_trials(config, folder, clearance.concurrent, events, audience)
-        events.record_missed()
-        frontier = write_frontier(config, folder)
-        _publish(config, folder, frontier, tracker)
-    except KeyboardInterrupt:
-        tracker.end_orphans(parent)
-        tracker.end_run(parent, "KILLED")
-        raise
+        with events.running():
+            results = run_trials(config, folder, concurrent, events, audience)
+            events.record_missed()
+            frontier = write_frontier(config, folder)
+            _publish(config, folder, frontier, tracker)
     finally:
-        num_unsent = tracker.close()
         ray.shutdown()
-    return Outcome(folder.root, results, frontier, tracker.uri, num_unsent, tracker.problem)
+    return Outcome(folder.root, results, frontier, tracker.uri, tracker.num_unsent, tracker.problem)
 
 
-def _after_trial(config: SearchConfig, folder: RunFolder, result: TrialResult, audience: Audience) -> None:
+def _after_trial(config: SearchConfig, folder: RunFolder, result: TrialResult, audience: SearchAudience) -> None:
     """Frontier and page are whole after every trial, not at the end alone."""
     write_frontier(config, folder)
     audience.show_trial(result)
@@ -163,12 +152,3 @@ def frontier_columns(frontier: list[Point]) -> dict[str, list]:
         "KL to dense": [point.evaluations[0].kl for point in frontier],
         "folder": [point.artefact for point in frontier],
     }
-
-
-def flatten(value: dict, prefix: str = "") -> dict[str, object]:
-    """Nested mappings as one, with dotted names."""
-    flat: dict[str, object] = {}
-    for name, inner in value.items():
-        path = f"{prefix}{name}"
-        flat |= flatten(inner, f"{path}.") if isinstance(inner, dict) else {path: inner}
-    return flat

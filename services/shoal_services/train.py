@@ -76,9 +76,10 @@ class Trial:
             recipe, replacement = self._fit_once(recipe, model, corpus, preparation)
             student = copy.deepcopy(model)
             apply_replacement(student, replacement)
-        with self.watch.time("thin"):
-            thin_weights(recipe, student, corpus, listen=self.listen)
-            _share_weights(student)
+        if recipe.weight_changes:
+            with self.watch.time("thin"):
+                thin_weights(recipe, student, corpus, listen=self.listen)
+                _share_weights(student)
         size = measure_size(student, is_sparse=recipe.sparsity is not None)
         with self.watch.time("distil"):
             student = self._distil(recipe, student, model, corpus, preparation, size.num_parameters)

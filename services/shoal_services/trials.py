@@ -20,7 +20,7 @@ from shoal_services.config import SearchConfig
 from shoal_services.events import SearchEvents
 from shoal_services.folder import RunFolder, TrialResult
 from shoal_services.space import Choice, Range, read_assignment
-from shoal_services.tuning import train_on_workers, tune_trials
+from shoal_services.tuning import run_workers, tune_trials
 from shoal_services.worker import train_worker
 
 if TYPE_CHECKING:
@@ -116,23 +116,12 @@ def run_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
     key = search.trial_key(assignment)
     result = folder.read_result(key)
     if result is None:
-        folder.write_started(key, assignment)
-        result = _make_model(search, folder, key, assignment)
+        result = run_workers(train_worker, job, search.run, folder, key, assignment)
     if result.point is None:
         raise TrialEnded(result.reason or result.status)
     ray.tune.report(
         {"held_out_perplexity": result.held_out_perplexity, "num_parameters": result.point.num_parameters, "key": key}
     )
-
-
-def _make_model(search: SearchConfig, folder: RunFolder, key: str, assignment: dict[str, Any]) -> TrialResult:
-    job = {"config": search.model_dump(mode="json"), "root": str(folder.root), "key": key, "assignment": assignment}
-    reason = train_on_workers(train_worker, job, search.run, folder.trial(key))
-    if reason is not None:
-        folder.write_result(TrialResult(key=key, assignment=assignment, status="failed", reason=reason))
-    result = folder.read_result(key)
-    assert result is not None
-    return result
 
 
 class HopelessTrialStopper(FIFOScheduler):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import ray.train
 import ray.tune
@@ -20,11 +20,69 @@ from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from shoal_services.config import Workers
-from shoal_services.events import TrialEvents
+from shoal_services.events import TrialEvents, Trials
+from shoal_services.folder import TrialEnd, TrialFolder
 
 START_TIMEOUT_FAILURES = 3
 # Tune wants a driver to ask for something.
 DRIVER_MEMORY = 2**20
+
+E = TypeVar("E", bound=TrialEnd)
+
+
+class Audience(Protocol):
+    """Who hears of trials while they run: a `Listener`, and remarks."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None: ...
+
+    def remark(self, text: str) -> None: ...
+
+
+class Grid(Trials, Protocol):
+    """A configuration whose trials are all known before."""
+
+    @property
+    def run(self) -> Workers: ...
+
+    def assignments(self) -> list[dict[str, Any]]: ...
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+def run_missing(
+    driver: Callable[..., None], config: Grid, concurrent: int, events: TrialEvents[E], audience: Audience
+) -> None:
+    """Trials that have no result, one Tune trial each; those that were cut off go on from their checkpoints."""
+    folder, assignments = events.folder, config.assignments()
+    missing = [one for one in assignments if folder.read_result(config.trial_key(one)) is None]
+    audience("trials", len(assignments) - len(missing), len(assignments))
+    if not missing:
+        return
+    tune_config = ray.tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=True)
+    job = {"config": config.model_dump(mode="json"), "root": str(folder.root)}
+    tune_trials(driver, job, {"assignment": ray.tune.grid_search(missing)}, events, tune_config)
+
+
+def run_workers(
+    loop: Callable[[dict], None], job: dict[str, Any], workers: Workers, folder: TrialFolder[E], key: str,
+    assignment: dict[str, Any],
+) -> E:  # fmt: skip
+    """The result that `loop` left of one trial, on Train's workers; a failed one where they failed for good."""
+    folder.write_started(key, assignment)
+    job = {**job, "key": key, "assignment": assignment}
+    reason = train_on_workers(loop, job, workers, folder.trial(key))
+    if reason is not None:
+        failed = folder.result_class(key=key, assignment=assignment, status="failed", reason=reason)
+        folder.write_result(cast(E, failed))
+    result = folder.read_result(key)
+    assert result is not None
+    return result
+
+
+def require_finished(result: TrialEnd) -> None:
+    """Raises RuntimeError if the trial ended in another way: Tune counts it as an error then."""
+    if result.status != "finished":
+        raise RuntimeError(result.reason or result.status)
 
 
 def tune_trials(

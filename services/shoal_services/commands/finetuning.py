@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal_services.commands.options import AsJson, Dtype, Model, Revision, Tokens, TrainText, Window, make_texts
+from shoal_services.commands.options import (
+    Address,
+    AsJson,
+    Dtype,
+    Model,
+    NumCpus,
+    Revision,
+    Tokens,
+    TrackingUri,
+    TrainText,
+    Window,
+    make_texts,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,10 +65,10 @@ def finetune(
     num_workers: Annotated[int, typer.Option(help="Ray Train workers per seed.")] = 1,
     cpus_per_worker: Annotated[float, typer.Option(help="CPUs of each.")] = 1,
     gpus_per_worker: Annotated[float, typer.Option(help="GPUs of each.")] = 0,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to use; by default a local one is started.")] = None,
+    address: Address = None,
     storage: Annotated[Path, typer.Option(help="Folder that all nodes share.")] = Path("shoal-runs"),
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server, instead of SQLite in the folder.")] = None,
-    num_cpus: Annotated[int | None, typer.Option(help="CPUs of the local cluster; by default all.")] = None,
+    tracking_uri: TrackingUri = None,
+    num_cpus: NumCpus = None,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a decoder on classes or preferences, and measure what that does to its linearity.

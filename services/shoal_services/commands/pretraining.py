@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal_services.commands.options import AsJson
+from shoal_services.commands.options import Address, AsJson, NumCpus, TrackingUri
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
 def pretrain(
     config: Annotated[Path, typer.Argument(help="A sweep: a YAML file as tune_configs/pretrain-tiny.yaml.")],
-    address: Annotated[str | None, typer.Option(help="Ray cluster to use; by default a local one is started.")] = None,
+    address: Address = None,
     storage: Annotated[Path | None, typer.Option(help="Folder for all sweeps, instead of run.storage.")] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server, instead of SQLite in the sweep's folder.")
-    ] = None,
-    num_cpus: Annotated[int | None, typer.Option(help="CPUs of the local cluster; by default all.")] = None,
+    tracking_uri: TrackingUri = None,
+    num_cpus: NumCpus = None,
     as_json: AsJson = False,
 ) -> None:
     """Pretrain a model from nothing with the cosine or MSE regulariser, over several weights λ and seeds.

@@ -8,17 +8,15 @@ from typing import Annotated
 
 import typer
 
-from shoal_services.commands.options import AsJson
+from shoal_services.commands.options import Address, AsJson, NumCpus, TrackingUri
 
 
 def search(
     config: Annotated[Path, typer.Argument(help="A search: a YAML file as in tune_configs/.")],
-    address: Annotated[str | None, typer.Option(help="Ray cluster to use; by default a local one is started.")] = None,
+    address: Address = None,
     storage: Annotated[Path | None, typer.Option(help="Folder for all searches, instead of run.storage.")] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server, instead of SQLite in the search's folder.")
-    ] = None,
-    num_cpus: Annotated[int | None, typer.Option(help="CPUs of the local cluster; by default all.")] = None,
+    tracking_uri: TrackingUri = None,
+    num_cpus: NumCpus = None,
     as_json: AsJson = False,
 ) -> None:
     """Search the size/quality frontier of a model on a Ray cluster.

@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 import ray.tune
 from shoal.files import write_text
 
 from shoal_services.cluster import connect
-from shoal_services.events import TrialEvents, search_key
+from shoal_services.events import TrialEvents
 from shoal_services.finetuning.config import FinetuneConfig
 from shoal_services.finetuning.results import MEASURES, Finetuned, FinetuneFolder, FinetuneResult, mean_over_blocks
 from shoal_services.finetuning.worker import finetune_worker
 from shoal_services.linearity_page import write_comparison_page
-from shoal_services.preflight import check_cluster
-from shoal_services.search import flatten
+from shoal_services.preflight import clear_cluster
 from shoal_services.space import read_assignment
 from shoal_services.tracking import Tracker
-from shoal_services.tuning import train_on_workers, tune_trials
+from shoal_services.tuning import Audience, require_finished, run_missing, run_workers
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,6 @@ class FinetuneOutcome:
     tracking_uri: str
     num_unsent: int
     tracking_problem: str | None
-
-
-class FinetuneAudience(Protocol):
-    """Who hears of it while it runs: a `Listener`, and remarks."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None: ...
-
-    def remark(self, text: str) -> None: ...
 
 
 class FinetuneEvents(TrialEvents[FinetuneResult]):
@@ -58,7 +49,7 @@ class FinetuneEvents(TrialEvents[FinetuneResult]):
             self.tracker.log_tags(run, {"artefact": result.model or ""})
 
 
-def run_finetuning(config: FinetuneConfig, audience: FinetuneAudience, *, num_cpus: int | None = None) -> FinetuneOutcome:
+def run_finetuning(config: FinetuneConfig, audience: Audience, *, num_cpus: int | None = None) -> FinetuneOutcome:
     """Fine-tunes with every seed that has not finished, and leaves models, results, page and MLflow runs behind.
 
     Raises ValueError or OSError for what cannot work (before any run), KeyboardInterrupt after a clean stop.
@@ -67,43 +58,23 @@ def run_finetuning(config: FinetuneConfig, audience: FinetuneAudience, *, num_cp
     folder = FinetuneFolder(config.folder)
     audience("start Ray", 0, 1)
     connect(config.run.address, num_cpus=num_cpus)
-    clearance = check_cluster(config.run, folder.root)
-    for remark in clearance.remarks:
-        audience.remark(remark)
+    concurrent = clear_cluster(config.run, folder.root, audience.remark)
     folder.claim(config.name, config.science, extensible="seeds")
     audience("start Ray", 1, 1)
     tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")
-    parent = search_key(config)
-    tracker.start_run(parent, name=config.name, params=flatten(config.science))
     events = FinetuneEvents(config, folder, tracker, on_end=lambda _: _count(config, folder, audience))
     try:
-        _run_missing(config, folder, clearance.concurrent, events, audience)
-        events.record_missed()
-        finetuned = _conclude(config, folder, tracker, parent)
-    except KeyboardInterrupt:
-        tracker.end_orphans(parent)
-        tracker.end_run(parent, "KILLED")
-        raise
+        with events.running():
+            run_missing(run_trial, config, concurrent, events, audience)
+            events.record_missed()
+            finetuned = _conclude(config, folder, tracker, events.parent)
     finally:
-        num_unsent = tracker.close()
         ray.shutdown()
-    return FinetuneOutcome(folder.root, finetuned, folder.read_results(), tracker.uri, num_unsent, tracker.problem)
+    return FinetuneOutcome(folder.root, finetuned, folder.read_results(), tracker.uri, tracker.num_unsent, tracker.problem)
 
 
-def _count(config: FinetuneConfig, folder: FinetuneFolder, audience: FinetuneAudience) -> None:
+def _count(config: FinetuneConfig, folder: FinetuneFolder, audience: Audience) -> None:
     audience("trials", len(folder.read_results()), len(config.seeds))
-
-
-def _run_missing(
-    config: FinetuneConfig, folder: FinetuneFolder, concurrent: int, events: FinetuneEvents, audience: FinetuneAudience
-) -> None:
-    missing = [one for one in config.assignments() if folder.read_result(config.trial_key(one)) is None]
-    audience("trials", len(config.seeds) - len(missing), len(config.seeds))
-    if not missing:
-        return
-    tune_config = ray.tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=True)
-    job = {"config": config.model_dump(mode="json"), "root": str(folder.root)}
-    tune_trials(run_trial, job, {"assignment": ray.tune.grid_search(missing)}, events, tune_config)
 
 
 def run_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
@@ -111,14 +82,8 @@ def run_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
     sweep, folder = FinetuneConfig.model_validate(job["config"]), FinetuneFolder(Path(job["root"]))
     assignment = read_assignment(config)
     key = sweep.trial_key(assignment)
-    folder.write_started(key, assignment)
-    reason = train_on_workers(finetune_worker, {**job, "key": key, "assignment": assignment}, sweep.run, folder.trial(key))
-    if reason is not None:
-        folder.write_result(FinetuneResult(key=key, assignment=assignment, status="failed", reason=reason))
-    result = folder.read_result(key)
-    assert result is not None
-    if result.status != "finished":
-        raise RuntimeError(result.reason or result.status)
+    result = run_workers(finetune_worker, job, sweep.run, folder, key, assignment)
+    require_finished(result)
     ray.tune.report({"accuracy": result.accuracy, "key": key})
 
 

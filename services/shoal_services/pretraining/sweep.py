@@ -11,16 +11,15 @@ import ray.tune
 from shoal.pretrain_corpus import load_pretrain_corpus
 
 from shoal_services.cluster import connect
-from shoal_services.events import TrialEvents, search_key
-from shoal_services.preflight import check_cluster
+from shoal_services.events import TrialEvents
+from shoal_services.preflight import clear_cluster
 from shoal_services.pretraining.config import PretrainConfig
 from shoal_services.pretraining.page import write_pretraining_page
 from shoal_services.pretraining.results import FIELDS, SCORES, PretrainFolder, PretrainResult, summarise, write_results
 from shoal_services.pretraining.worker import pretrain_worker
-from shoal_services.search import flatten
 from shoal_services.space import read_assignment
 from shoal_services.tracking import Tracker
-from shoal_services.tuning import train_on_workers, tune_trials
+from shoal_services.tuning import Audience, require_finished, run_missing, run_workers
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,10 @@ class PretrainOutcome:
     tracking_problem: str | None
 
 
-class PretrainAudience(Protocol):
-    """Who hears of a sweep while it runs: a `Listener`, and runs as they end."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None: ...
+class PretrainAudience(Audience, Protocol):
+    """Who hears of a sweep while it runs: also runs as they end."""
 
     def show_run(self, result: PretrainResult) -> None: ...
-
-    def remark(self, text: str) -> None: ...
 
 
 class PretrainEvents(TrialEvents[PretrainResult]):
@@ -77,27 +72,17 @@ def run_pretraining(config: PretrainConfig, audience: PretrainAudience, *, num_c
 
 def sweep(config: PretrainConfig, folder: PretrainFolder, audience: PretrainAudience) -> PretrainOutcome:
     """The same on the cluster that this process is connected to."""
-    clearance = check_cluster(config.run, folder.root)
-    for remark in clearance.remarks:
-        audience.remark(remark)
+    concurrent = clear_cluster(config.run, folder.root, audience.remark)
     folder.claim(config.name, config.science, extensible="sweep")
     _prepare(config, folder, audience)
     tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")
-    parent = search_key(config)
-    tracker.start_run(parent, name=config.name, params=flatten(config.science))
     events = PretrainEvents(config, folder, tracker, on_end=lambda result: _after_run(config, folder, result, audience))
-    try:
-        _run_missing(config, folder, clearance.concurrent, events, audience)
+    with events.running():
+        run_missing(run_trial, config, concurrent, events, audience)
         events.record_missed()
         results = write_page(config, folder)
-        _publish(parent, folder, results, tracker)
-    except KeyboardInterrupt:
-        tracker.end_orphans(parent)
-        tracker.end_run(parent, "KILLED")
-        raise
-    finally:
-        num_unsent = tracker.close()
-    return PretrainOutcome(folder.root, folder.read_results(), tracker.uri, num_unsent, tracker.problem)
+        _publish(events.parent, folder, results, tracker)
+    return PretrainOutcome(folder.root, folder.read_results(), tracker.uri, tracker.num_unsent, tracker.problem)
 
 
 def _prepare(config: PretrainConfig, folder: PretrainFolder, audience: PretrainAudience) -> None:
@@ -119,33 +104,13 @@ def _write_corpus(payload: dict[str, Any], prepared: Path) -> None:
     corpus.save(prepared / "corpus.safetensors")
 
 
-def _run_missing(
-    config: PretrainConfig, folder: PretrainFolder, concurrent: int, events: PretrainEvents, audience: PretrainAudience
-) -> None:
-    """Runs that have no result, one Tune trial each; those that were cut off go on from their checkpoints."""
-    assignments = config.assignments()
-    missing = [one for one in assignments if folder.read_result(config.trial_key(one)) is None]
-    audience("trials", len(assignments) - len(missing), len(assignments))
-    if not missing:
-        return
-    tune_config = ray.tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=True)
-    job = {"config": config.model_dump(mode="json"), "root": str(folder.root)}
-    tune_trials(run_trial, job, {"assignment": ray.tune.grid_search(missing)}, events, tune_config)
-
-
 def run_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
     """One Tune trial: a cheap driver of a Ray Train job. Raises RuntimeError if no model comes out."""
     sweep, folder = PretrainConfig.model_validate(job["config"]), PretrainFolder(Path(job["root"]))
     assignment = read_assignment(config)
     key = sweep.trial_key(assignment)
-    folder.write_started(key, assignment)
-    reason = train_on_workers(pretrain_worker, {**job, "key": key, "assignment": assignment}, sweep.run, folder.trial(key))
-    if reason is not None:
-        folder.write_result(PretrainResult(key=key, assignment=assignment, status="failed", reason=reason))
-    result = folder.read_result(key)
-    assert result is not None
-    if result.status != "finished":
-        raise RuntimeError(result.reason or result.status)
+    result = run_workers(pretrain_worker, job, sweep.run, folder, key, assignment)
+    require_finished(result)
     ray.tune.report({"validation_perplexity": result.checks[-1]["validation_perplexity"], "key": key})
 
 
