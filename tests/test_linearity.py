@@ -9,7 +9,7 @@ import torch
 from conftest import linear_network, make_ids, moments_of
 from shoal.blocks import find_blocks
 from shoal.gram import Gram
-from shoal.linearity import score_blocks, score_gram
+from shoal.linearity import score_blocks, score_gram, score_scaled
 from shoal.moments import measure_moments
 from shoal.text import TokenWindows
 
@@ -143,3 +143,34 @@ def test_too_few_tokens_are_refused_with_a_number_that_is_enough(llama, window):
     assert (
         len(score_blocks(measure_moments(llama, TokenWindows(make_ids(math.ceil(enough / window), window), "longer")))) == 5
     )
+
+
+# Updates of other sizes
+
+
+def test_scaled_sums_are_those_of_scaled_rows():
+    x = rows(200)
+    y = nearly_linear(x)
+    gram, scaled = Gram.zeros(1, D, D), Gram.zeros(1, D, D)
+    gram.add(0, x, y)
+    scaled.add(0, x, x + 0.3 * (y - x))
+    for found, expected in zip(vars(gram.scale_update(0.3)).values(), vars(scaled).values(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_size_of_an_update_moves_the_score_with_residual_alone():
+    stream = torch.stack([rows(400, seed=4), nearly_linear(rows(400, seed=4))])
+    found = score_scaled(moments_of(stream), [0.01, 0.5, 1, 10, 1000])
+    assert found == sorted(found, key=lambda one: -one.held_out), "the smaller the update, the more linear"
+    assert found[0].held_out == pytest.approx(1, abs=1e-4)
+    assert found[-1].held_out == pytest.approx(found[-1].held_out_without_residual, abs=0.01)
+    assert [one.held_out_without_residual for one in found] == pytest.approx([found[0].held_out_without_residual] * 5)
+    (scored,) = score_blocks(moments_of(stream))
+    assert found[2].held_out == pytest.approx(scored.held_out) and found[2].ordinary == pytest.approx(scored.ordinary)
+
+
+@pytest.mark.parametrize("factor", [0, -1, float("nan")])
+def test_updates_cannot_be_scaled_away(factor):
+    stream = torch.stack([rows(400, seed=4), nearly_linear(rows(400, seed=4))])
+    with pytest.raises(ValueError, match=f"scaled by {factor}"):
+        score_scaled(moments_of(stream), [1, factor])

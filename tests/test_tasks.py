@@ -10,15 +10,8 @@ import pytest
 import torch
 from conftest import write_task
 from shoal.models import load_model
-from shoal.tasks import (
-    TaskResult,
-    compare_results,
-    evaluate_on_tasks,
-    load_results,
-    load_tasks,
-    measure_tasks,
-    save_results,
-)
+from shoal.task_scores import TaskResult, compare_results, load_results, save_results
+from shoal.tasks import evaluate_on_tasks, load_tasks, measure_tasks
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -14,7 +13,7 @@ from shoal.fit import fit_independent
 from shoal.linearity import BlockLinearity, require_tokens, score_blocks
 from shoal.moments import Moments
 from shoal.recipe import Recipe
-from shoal.replace import apply_replacement
+from shoal.replace import make_replaced
 from shoal.teacher import TeacherTargets
 from shoal.text import TokenWindows
 
@@ -103,12 +102,9 @@ def make_kl_cost(
 
     @torch.no_grad()
     def cost(blocks: tuple[int, ...]) -> float:
-        # A memo of the parameters makes the copy share them: only modules and configuration are its own.
-        patched = copy.deepcopy(model, {id(p): p for p in model.parameters()})
         replacement = fit_independent(moments, blocks, ridge=recipe.ridge, rank=recipe.rank)
         if recipe.kind == "dropped":
             replacement.maps.clear()
-        apply_replacement(patched, replacement)
-        return float(score_windows(patched, windows, dense).kl.mean())
+        return float(score_windows(make_replaced(model, replacement), windows, dense).kl.mean())
 
     return cost

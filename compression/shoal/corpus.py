@@ -125,14 +125,18 @@ def load_evaluation(
 
     Raises ValueError for a missing, empty or too short text.
     """
-    windows = []
-    for source in texts.evaluation:
-        documents = load_documents(source)
-        roles = [*(TRAINING_ROLES if documents.name in trained_on else ()), "evaluation"]
-        dealt = deal_documents(documents, roles)["evaluation"]
-        num_tokens = max(texts.window, texts.evaluation_tokens)
-        windows.append(make_windows(dealt, tokenizer, name=documents.name, window=texts.window, num_tokens=num_tokens))
-    return tuple(windows)
+    num_tokens = max(texts.window, texts.evaluation_tokens)
+    return tuple(
+        make_windows(one.texts, tokenizer, name=one.name, window=texts.window, num_tokens=num_tokens)
+        for one in (load_unseen(source, trained_on) for source in texts.evaluation)
+    )
+
+
+def load_unseen(source: str, trained_on: Collection[str]) -> Documents:
+    """The part of a text that a model trained on texts named `trained_on` has not seen. Raises ValueError as above."""
+    documents = load_documents(source)
+    roles = [*(TRAINING_ROLES if documents.name in trained_on else ()), "evaluation"]
+    return Documents(documents.name, deal_documents(documents, roles)["evaluation"], documents.independent)
 
 
 def _roles_of(source: str, texts: Texts) -> list[str]:

@@ -87,6 +87,19 @@ class Gram:
         """The sums of one pair, as views."""
         return Gram(*(getattr(self, f.name)[pair : pair + 1] for f in fields(self)))
 
+    def scale_update(self, factor: float) -> Gram:
+        """The sums for y = x + factor · (y − x), of pairs of equal width."""
+        rest = 1 - factor
+        traces = [matrix.diagonal(dim1=-2, dim2=-1).sum(-1) for matrix in (self.xx, self.xy)]
+        return Gram(
+            self.num_tokens,
+            self.sum_x,
+            rest * self.sum_x + factor * self.sum_y,
+            self.xx,
+            rest * self.xx + factor * self.xy,
+            rest**2 * traces[0] + 2 * rest * factor * traces[1] + factor**2 * self.yy,
+        )
+
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
         """Covariance sums of the first pair: Σ (x−x̄)(x−x̄)ᵀ [d, d], Σ (x−x̄)(y−ȳ)ᵀ [d, e], Σ ‖y−ȳ‖² []."""
         n = self.num_tokens[0].clamp(min=1)

@@ -9,6 +9,8 @@ update Y − X. Both come from one fit, because with A = I + M the residual is t
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +69,39 @@ def score_blocks(moments: Moments) -> list[BlockLinearity]:
     tokens = moments.ordinary.num_tokens.add(moments.held_ordinary.num_tokens).clamp(min=1).cpu()
     jumps = (moments.sink_norm_ratio[1:] / moments.sink_norm_ratio[:-1]).tolist()
     return [_score_block(moments, block, float(tokens[block]), jumps[block]) for block in range(moments.num_blocks)]
+
+
+@dataclass(frozen=True)
+class ScaledScores:
+    """Mean scores over the blocks, sinks out, if every block's update alone were `factor` times as large."""
+
+    factor: float
+    ordinary: float
+    held_out: float
+    ordinary_without_residual: float
+    held_out_without_residual: float
+
+
+def score_scaled(moments: Moments, factors: Sequence[float]) -> list[ScaledScores]:
+    """How the scores depend on the size of the updates: of y = x + factor · (y − x) for each block by itself.
+
+    Exact, from the same sums: a block's input does not depend on its own update. The score without residual cannot
+    change. Raises ValueError for too few tokens, or a factor that is not positive.
+    """
+    if wrong := [factor for factor in factors if not factor > 0]:
+        raise ValueError(f"updates cannot be scaled by {wrong[0]}; choose a factor above 0")
+    if factors:
+        require_tokens(moments)
+    found = []
+    for factor in factors:
+        rows = []
+        for block in range(moments.num_blocks):
+            fit = moments.ordinary[block].scale_update(factor)
+            held = moments.held_ordinary[block].scale_update(factor)
+            (ordinary, ordinary_without), (held_out, held_out_without) = score_gram(fit + held), score_held_out(fit, held)
+            rows.append((ordinary, held_out, ordinary_without, held_out_without))
+        found.append(ScaledScores(factor, *(statistics.fmean(column) for column in zip(*rows, strict=True))))
+    return found
 
 
 def require_tokens(moments: Moments) -> None:

@@ -31,11 +31,14 @@ from shoal.moments import measure_moments
 from shoal.pretrain_corpus import PretrainCorpus
 from shoal.pretrain_recipe import PretrainRecipe
 from shoal.regularize import Penalty
+from shoal.splice import Splice, measure_splices
 from shoal.teacher import measure_targets
 from shoal.trainable import autocast
 
 MEANS = ("score", "score_without_residual", "held_out", "held_out_without_residual", "cosine", "norm_ratio")
 """The fields of `BlockLinearity` whose means over the blocks are recorded, as `mean_<field>`."""
+WORTHS = ("removed", "mapped")
+"""The fields of `Splice` whose means over the middle blocks are recorded at the end."""
 
 
 def make_model(
@@ -58,7 +61,8 @@ class PretrainingRun:
 
     Before the first step, `num_checks` times and after the last, it also yields `validation_perplexity` with its
     standard error over windows, and the mean linearity of the blocks on text that is not trained on (`MEANS`); `checks`
-    keeps these. Raises `Diverged` on a loss that is not finite, ValueError for too few tokens to measure linearity on.
+    keeps these. The last check also has `mean_removed` and `mean_mapped`: what a middle block is worth (`shoal.splice`).
+    Raises `Diverged` on a loss that is not finite, ValueError for too few tokens to measure linearity on.
     """
 
     def __init__(self, model: PreTrainedModel, corpus: PretrainCorpus, recipe: PretrainRecipe):
@@ -115,13 +119,20 @@ class PretrainingRun:
     def _check(self, metrics: dict[str, float]) -> dict[str, float]:
         """Validation perplexity and linearity of the model as it is now."""
         self.model.eval()
+        splices: list[Splice] = []
         with autocast(self.model.device, self.dtype):
-            nll = measure_targets(self.model, self.corpus.validation, num_top=1).nll.double().mean(1)
-            self.blocks = score_blocks(measure_moments(self.model, self.corpus.linearity))
-        mean, error = mean_and_error(nll)
+            targets = measure_targets(self.model, self.corpus.validation, num_top=1)
+            moments = measure_moments(self.model, self.corpus.linearity)
+            self.blocks = score_blocks(moments)
+            if self.descent.is_done:
+                splices = measure_splices(self.model, moments, self.corpus.validation, targets)
+        mean, error = mean_and_error(targets.nll.double().mean(1))
         perplexity = math.exp(min(mean, 700))
         found = {"validation_perplexity": perplexity, "validation_standard_error": perplexity * error}
         found |= {f"mean_{field}": statistics.fmean(getattr(one, field) for one in self.blocks) for field in MEANS}
+        if splices:  # the first and the last block always stay, so what they are worth would only hide the others
+            middle = splices[1:-1] or splices
+            found |= {f"mean_{cost}": statistics.fmean(getattr(one, cost) for one in middle) for cost in WORTHS}
         self.checks.append({"step": metrics["step"], "num_tokens": metrics["num_tokens"], **found})
         return found
 

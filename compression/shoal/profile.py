@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shoal.corpus import load_corpus, load_evaluation
 from shoal.evaluate import evaluate
-from shoal.linearity import RANKING, BlockLinearity, score_blocks
+from shoal.linearity import RANKING, BlockLinearity, ScaledScores, score_blocks, score_scaled
 from shoal.models import is_memory_short, load_model, load_tokenizer, recipe_of
 from shoal.moments import measure_moments
 from shoal.prepare import Listener, count_on, ignore
@@ -28,7 +29,7 @@ from shoal.token_errors import (
 @dataclass(frozen=True)
 class Profile:
     """The linearity of a model's blocks on one text. Of the errors per token: quantiles .5, .9, .99 and 1 for each block,
-    a histogram for each block, and the least linear tokens."""
+    a histogram for each block, and the least linear tokens. `scaled`: mean scores for updates of other sizes."""
 
     model: str
     text: Text
@@ -36,6 +37,7 @@ class Profile:
     token_errors: list[list[float]]
     error_counts: list[list[int]]
     nonlinear_tokens: list[NonlinearToken]
+    scaled: Sequence[ScaledScores] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The profile as JSON-able values."""
@@ -46,6 +48,7 @@ class Profile:
         return {
             "model": self.model, "text": self.text.model_dump(), "ranks_by": RANKING, "blocks": blocks,
             "token_error_edges": EDGES, "nonlinear_tokens": [dataclasses.asdict(one) for one in self.nonlinear_tokens],
+            "update_scales": [dataclasses.asdict(one) for one in self.scaled],
         }  # fmt: skip
 
     def mean(self, field: str) -> float:
@@ -60,9 +63,10 @@ def profile_model(
     revision: str | None = None,
     dtype: str | None = None,
     streamed: bool | None = None,
+    update_scales: Sequence[float] = (),
     listen: Listener = ignore,
 ) -> Profile:
-    """How linear every block of model `name` is on the calibration text.
+    """How linear every block of model `name` is on the calibration text; also with updates `update_scales` times as large.
 
     `streamed`: with the blocks on disk, a block at a time in memory; if not given, where memory would be short.
 
@@ -77,13 +81,13 @@ def profile_model(
     listen("load", 1, 1)
     windows = corpus.calibration
     moments = measure_moments(model, windows, on_progress=lambda done: listen("moments", done, len(windows)))
-    scores = score_blocks(moments)
+    scores, scaled = score_blocks(moments), score_scaled(moments, update_scales)
     listen("token errors", 0, 1)
     errors = measure_token_errors(model, corpus.selection, moments)
     strangest = find_nonlinear_tokens(errors, corpus.selection, tokenizer)
     listen("token errors", 1, 1)
     label = f"{name}@{revision}" if revision else name
-    return Profile(label, windows.describe(), scores, take_quantiles(errors), count_errors(errors), strangest)
+    return Profile(label, windows.describe(), scores, take_quantiles(errors), count_errors(errors), strangest, scaled)
 
 
 def evaluate_beside(

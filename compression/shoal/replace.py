@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,19 @@ def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
             entries.append({"block": max(position, 0), "where": where, "replaces": list(run), "rank": affine.rank})
     if entries:
         config.linear_blocks = entries
+
+
+def make_replaced(model: PreTrainedModel, replacement: Replacement) -> PreTrainedModel:
+    """The changed model, which shares all parameters with `model`: to try maps out, not to train or keep.
+
+    Raises ValueError as `apply_replacement`, or if weights would change, which the two have in common.
+    """
+    if replacement.down_proj:
+        raise ValueError("new down_proj weights would change the model that they are shared with; apply them to a copy")
+    # A memo of the parameters makes the copy share them: only modules and configuration are its own.
+    changed = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    apply_replacement(changed, replacement)
+    return changed
 
 
 def holds_own_modules(model: PreTrainedModel) -> bool:

@@ -9,7 +9,6 @@ A task is named by one of
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import math
 import statistics
@@ -31,25 +30,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.files import write_text
-from shoal.models import load_model, load_tokenizer, recipe_of
-from shoal.recipe import TaskScore, Value
+from shoal.recipe import TaskScore
+from shoal.task_scores import TaskResult, compare_results, load_beside
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 # Of metrics that are no mean over examples; the others have a standard error in closed form.
 NUM_BOOTSTRAPS = 1000
 BATCH_SIZE = 8
-
-
-class TaskResult(Value):
-    """A model's score in a task. `values` are those of the examples if the score is their mean, else empty."""
-
-    task: str
-    metric: str
-    num_examples: int
-    score: float
-    standard_error: float | None
-    values: tuple[float, ...]
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Task]:
@@ -160,43 +147,6 @@ def _make_result(
     )
 
 
-def save_results(file: Path, results: Sequence[TaskResult]) -> None:
-    """Writes the results, those of the examples too, for later comparisons."""
-    write_text(file, json.dumps([one.model_dump() for one in results]))
-
-
-def load_results(file: Path) -> list[TaskResult]:
-    """What `save_results` wrote."""
-    return [TaskResult.model_validate(one) for one in json.loads(file.read_text())]
-
-
-def compare_results(results: Sequence[TaskResult], dense: Sequence[TaskResult] | None = None) -> tuple[TaskScore, ...]:
-    """The results as scores, beside the dense model's of the same tasks and metrics."""
-    beside = {(one.task, one.metric): one for one in dense or ()}
-    scores = []
-    for one in results:
-        other = beside.get((one.task, one.metric))
-        score = TaskScore(**one.model_dump(exclude={"values"}))
-        if other is not None:
-            score = score.model_copy(
-                update={
-                    "dense_score": other.score,
-                    "dense_standard_error": other.standard_error,
-                    "difference_standard_error": _paired_error(one.values, other.values),
-                }
-            )
-        scores.append(score)
-    return tuple(scores)
-
-
-def _paired_error(values: Sequence[float], dense: Sequence[float]) -> float | None:
-    """The standard error of the mean difference, None if the values are not those of the same examples."""
-    if len(values) != len(dense) or len(values) < 2:
-        return None
-    differences = [a - b for a, b in zip(values, dense, strict=True)]
-    return statistics.stdev(differences) / math.sqrt(len(differences))
-
-
 def evaluate_on_tasks(
     name: str, dense: str | None, task_names: Sequence[str], *, limit: int | None = None, dtype: str | None = None
 ) -> tuple[TaskScore, ...]:
@@ -204,18 +154,10 @@ def evaluate_on_tasks(
 
     lm-eval shows its progress on the error output. Raises ValueError for a model or a task that cannot be used.
     """
-    recipe = recipe_of(name)
-    models: list[tuple[str, str | None]] = [(name, None)]
-    if dense is not None:
-        models.append((dense, None))
-    elif recipe is not None:
-        models.append((recipe.base_model, recipe.revision))
     tasks = load_tasks(task_names)
-    results = []
-    for one, revision in models:
-        model, tokenizer = load_model(one, revision=revision, dtype=dtype), load_tokenizer(one, revision=revision)
-        results.append(measure_tasks(model, tokenizer, tasks, limit=limit))
-    return compare_results(*results)
+    return compare_results(
+        *(measure_tasks(model, tokenizer, tasks, limit=limit) for model, tokenizer in load_beside(name, dense, dtype=dtype))
+    )
 
 
 def _explain(error: Exception) -> str:

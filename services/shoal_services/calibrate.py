@@ -14,6 +14,7 @@ from shoal.corpus import Corpus, load_corpus
 from shoal.models import hash_weights, load_model, load_tokenizer
 from shoal.moments import Moments, measure_moments
 from shoal.prepare import Listener
+from shoal.task_scores import save_results
 from shoal.teacher import measure_targets
 
 from shoal_services.config import SearchConfig
@@ -113,7 +114,7 @@ def _measure_piece(payload: dict, root: Path, name: str, span: tuple[str, int, i
 
 
 def _measure_dense_tasks(payload: dict, root: Path) -> None:
-    from shoal.tasks import load_tasks, measure_tasks, save_results
+    from shoal.tasks import load_tasks, measure_tasks
 
     config, folder = SearchConfig.model_validate(payload), RunFolder(root)
     assert config.tasks is not None

@@ -37,7 +37,7 @@ def common(
 
 for command in (
     models.profile, models.compress, models.evaluate, searches.search, searches.frontier,
-    quality.probe, quality.judge, finetuning.finetune, pretraining.pretrain,
+    quality.probe, quality.judge, quality.splice, finetuning.finetune, pretraining.pretrain,
     planning.plan, jobs.submit, jobs.jobs, jobs.logs, jobs.stop, machine.doctor,
     serving.serve, serving.bench_serve,
 ):  # fmt: skip

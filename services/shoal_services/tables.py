@@ -60,6 +60,18 @@ def linearity_table(name: str, scores: Sequence[BlockLinearity]) -> Table:
     return table
 
 
+def scale_table(profile: Profile) -> Table:
+    """Mean scores of a model if the updates of its blocks were of other sizes."""
+    caption = "Means over the blocks, sinks left out, if each block's update alone were so many times as large."
+    table = Table(title=profile.model, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("× update", "in sample", "held out", "without residual", "without residual, held out"):
+        table.add_column(column, justify="right")
+    for one in profile.scaled:
+        values = (one.ordinary, one.held_out, one.ordinary_without_residual, one.held_out_without_residual)
+        table.add_row(f"{one.factor:g}", *(f"{value:.4f}" for value in values))
+    return table
+
+
 def frontier_table(name: str, frontier: Sequence[Point]) -> Table:
     """The frontier below the dense model."""
     table = Table(

@@ -25,6 +25,7 @@ from shoal.prepare import Listener, Preparation, ignore
 from shoal.recipe import Recipe, TaskScore, fingerprint
 from shoal.replace import Replacement, apply_replacement
 from shoal.store import save, save_point
+from shoal.task_scores import compare_results, load_results
 from transformers import PreTrainedModel
 
 from shoal_services.config import SearchConfig
@@ -107,7 +108,7 @@ class Trial:
         """The student in the search's tasks, if it has any, beside the dense model."""
         if self.config.tasks is None:
             return ()
-        from shoal.tasks import compare_results, load_results, load_tasks, measure_tasks
+        from shoal.tasks import load_tasks, measure_tasks
 
         self.listen("tasks", 0, 1)
         tokenizer = load_tokenizer(str(self.folder.prepared / "tokenizer"))

@@ -6,7 +6,7 @@ import json
 from enum import StrEnum
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,11 @@ from shoal_services.commands.options import (
     Window,
     make_texts,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shoal.recipe import TaskScore
 
 
 class KindName(StrEnum):
@@ -55,6 +60,9 @@ def profile(
         list[str], typer.Option(help="Branch, tag or commit of one Hub model; several are compared. Repeatable.")
     ] = [],  # noqa: B006
     streamed: Streamed = None,
+    update_scale: Annotated[
+        list[float], typer.Option(help="Also the scores if each block's update were so many times as large. Repeatable.")
+    ] = [],  # noqa: B006
     page: Annotated[Path | None, typer.Option(help="Where to write the page; by default ./linearity-MODEL.html.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -68,12 +76,14 @@ def profile(
 
         shoal profile dense-folder finetuned-folder
 
+        shoal profile smollm2-135m --update-scale 0.5 --update-scale 2
+
         shoal profile EleutherAI/pythia-70m --revision step1000 --revision step10000 --revision step143000
     """
     from shoal.profile import profile_model
 
     from shoal_services.linearity_page import write_comparison_page, write_linearity_page
-    from shoal_services.tables import comparison_table, linearity_table
+    from shoal_services.tables import comparison_table, linearity_table, scale_table
     from shoal_services.terminal import console, output, show_progress
 
     if len(models) > 1 and revision:
@@ -87,7 +97,17 @@ def profile(
             def listen_for(stage: str, done: int, total: int, label: str = f"{model}@{one}" if one else model) -> None:
                 listen(f"{stage}, {label}" if len(models) + len(revisions) > 2 else stage, done, total)
 
-            measured.append(profile_model(model, texts, revision=one, dtype=dtype, streamed=streamed, listen=listen_for))
+            measured.append(
+                profile_model(
+                    model,
+                    texts,
+                    revision=one,
+                    dtype=dtype,
+                    streamed=streamed,
+                    update_scales=update_scale,
+                    listen=listen_for,
+                )
+            )
     first = measured[0]
     page = page or Path(f"linearity-{Path(models[0]).name}.html")
     if len(measured) == 1:
@@ -98,6 +118,8 @@ def profile(
         print(json.dumps(first.as_dict() if len(measured) == 1 else [one.as_dict() for one in measured], indent=2))
         return
     output.print(linearity_table(first.model, first.scores) if len(measured) == 1 else comparison_table(measured))
+    for profile in measured if update_scale else ():
+        output.print(scale_table(profile))
     console.print(f"page: {page}")
 
 
@@ -193,13 +215,16 @@ def evaluate(
     tasks: Annotated[
         list[str], typer.Option(help="Instead of texts: lm-eval tasks, task files or folders of them, with commas.")
     ] = [],  # noqa: B006
-    limit: Annotated[int | None, typer.Option(min=2, help="Examples of each task at most.")] = None,
+    skills: Annotated[
+        bool, typer.Option("--skills", help="Instead: copying, induction, sums, rare and common words of the text.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=2, help="Examples of each task or skill at most.")] = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a compressed model beside its dense model: on the same tokens, or in tasks on the same examples.
+    """Evaluate a compressed model beside its dense model: on the same tokens, or in tasks or skills on the same examples.
 
-    In tasks a model without a dense one is evaluated alone.
+    In tasks and skills a model without a dense one is evaluated alone.
 
     Examples:
 
@@ -210,15 +235,28 @@ def evaluate(
         shoal evaluate smollm2-135m-linear-6 --tasks arc_easy,super-glue-lm-eval-v1 --limit 500
 
         shoal evaluate smollm2-135m-linear-6 --tasks ./my-task.yaml
+
+        shoal evaluate smollm2-135m-linear-6 --skills --limit 200
     """
+    if tasks and skills:
+        raise ValueError("give either --tasks or --skills")
     if tasks:
-        _evaluate_on_tasks(model, dense, [name for names in tasks for name in names.split(",")], limit, dtype, as_json)
+        from shoal.tasks import evaluate_on_tasks
+
+        names = [name for listed in tasks for name in listed.split(",")]
+        _tell_scores(model, evaluate_on_tasks(model, dense, names, limit=limit, dtype=dtype), as_json)
         return
     from shoal.profile import evaluate_beside
+    from shoal.skills import evaluate_skills
 
     from shoal_services.tables import evaluation_table
     from shoal_services.terminal import output, show_progress
 
+    if skills:
+        with show_progress() as listen:
+            scores = evaluate_skills(model, dense, evaluation_text[0], num_items=limit or 64, dtype=dtype, listen=listen)
+        _tell_scores(model, scores, as_json)
+        return
     texts = make_texts(evaluation_text, evaluation_text, evaluation_tokens=evaluation_tokens, window=window)
     with show_progress() as listen:
         evaluations = evaluate_beside(model, dense, texts, dtype=dtype, listen=listen)
@@ -228,15 +266,10 @@ def evaluate(
     output.print(evaluation_table(model, evaluations))
 
 
-def _evaluate_on_tasks(
-    model: str, dense: str | None, names: list[str], limit: int | None, dtype: str | None, as_json: bool
-) -> None:
-    from shoal.tasks import evaluate_on_tasks
-
+def _tell_scores(model: str, scores: Sequence[TaskScore], as_json: bool) -> None:
     from shoal_services.tables import task_table
     from shoal_services.terminal import output
 
-    scores = evaluate_on_tasks(model, dense, names, limit=limit, dtype=dtype)
     if as_json:
         print(json.dumps([score.model_dump() | {"difference": score.difference} for score in scores], indent=2))
         return

@@ -1,4 +1,4 @@
-"""`shoal probe` and `shoal judge`: what a model knows, and what its stories are worth."""
+"""`shoal probe`, `shoal judge` and `shoal splice`: what a model knows, what its stories and its blocks are worth."""
 
 from __future__ import annotations
 
@@ -8,13 +8,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal_services.commands.options import AsJson, Dtype
+from shoal_services.commands.options import (
+    AsJson,
+    Dtype,
+    EvaluationText,
+    EvaluationTokens,
+    Model,
+    Revision,
+    Tokens,
+    TrainText,
+    Window,
+    make_texts,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.table import Table
     from shoal.probe import Probe
+    from shoal.splice import Worth
 
     from shoal_services.judge import CriterionGrade
 
@@ -100,6 +112,40 @@ def judge(
     console.print(f"stories: {file}")
 
 
+def splice(
+    model: Model,
+    text: TrainText = ["wikipedia-sample"],  # noqa: B006
+    evaluation_text: EvaluationText = ["wikipedia-sample"],  # noqa: B006
+    calibration_tokens: Tokens = 32_768,
+    evaluation_tokens: EvaluationTokens = 4_096,
+    window: Window = 1024,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what each block is worth: the loss without it, and with its best affine map in its place.
+
+    Examples:
+
+        shoal splice smollm2-135m
+
+        shoal splice ./my-llama --text corpus.txt --evaluation-text held-out.txt --json
+    """
+    from shoal.splice import find_worth
+
+    from shoal_services.terminal import output, show_progress
+
+    texts = make_texts(
+        text, evaluation_text, calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens, window=window
+    )
+    with show_progress() as listen:
+        worth = find_worth(model, texts, revision=revision, dtype=dtype, listen=listen)
+    if as_json:
+        print(json.dumps(worth.as_dict(), indent=2))
+        return
+    output.print(splice_table(worth))
+
+
 def probe_table(probes: Sequence[Probe]) -> Table:
     """The accuracy of the probes after each block of the dense model, a column for each model."""
     from rich.box import SIMPLE_HEAD
@@ -136,4 +182,29 @@ def grade_table(name: str, judge: str, grades: Sequence[CriterionGrade]) -> Tabl
             dense = f"{grade.dense_mean:.2f} ± {grade.dense_standard_error:.2f}"
             difference = f"{grade.mean - grade.dense_mean:+.2f} ± {grade.difference_standard_error:.2f}"
         table.add_row(grade.criterion, dense, f"{grade.mean:.2f} ± {grade.standard_error:.2f}", difference)
+    return table
+
+
+def splice_table(worth: Worth) -> Table:
+    """What each block of a model is worth, beside its linearity and its size."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    orders = {
+        name: ", ".join(f"{worth.correlate(field, cost):+.2f} ({cost})" for cost in ("removed", "mapped"))
+        for name, field in (("held-out linearity", "held_out"), ("norm ratio", "norm_ratio"))
+    }
+    caption = (
+        f"How much the loss on {worth.text.name}, {worth.text.num_tokens:,} tokens, rises: nats per token ± one standard "
+        "error over windows, paired. Rank correlation over the blocks with "
+        + "; with ".join(f"{name}: {found}" for name, found in orders.items())
+    )
+    table = Table(title=worth.model, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("block", "held out", "norm ratio", "removed", "its map instead"):
+        table.add_column(column, justify="right")
+    for score, one in zip(worth.scores, worth.splices, strict=True):
+        table.add_row(
+            str(one.block), f"{score.held_out:.4f}", f"{score.norm_ratio:.4f}",
+            f"{one.removed:.3f} ± {one.removed_standard_error:.3f}", f"{one.mapped:.3f} ± {one.mapped_standard_error:.3f}",
+        )  # fmt: skip
     return table

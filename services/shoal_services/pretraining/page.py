@@ -33,12 +33,16 @@ COLUMNS = {
     "validation_perplexity": "perplexity",
     "mean_held_out": "with residual, held out",
     "mean_held_out_without_residual": "without, held out",
+    "mean_removed": "loss without a block",
+    "mean_mapped": "loss with its map",
 }
 NOTE = (
     "Points are means over seeds, bars one standard error over seeds. Linearity is the mean over the blocks of the share "
     "of variance that one affine map explains: “held out” is fitted on one half of the tokens and scored on the other, "
     "sinks left out; “in sample” is the score of arXiv 2405.12250. Runs of one seed begin with the same weights and see "
-    "the same windows in the same order, so differences to λ = 0 are taken seed by seed."
+    "the same windows in the same order, so differences to λ = 0 are taken seed by seed. “Loss without a block”: how much "
+    "the validation loss rises in nats per token if one block is removed, mean over all but the first and the last; “with "
+    "its map”: if the block’s best affine map stands there instead."
 )
 
 

@@ -75,7 +75,7 @@ def compare(runs: Sequence[PretrainResult], baseline: Sequence[PretrainResult], 
 
 
 SCORES = ("mean_score", "mean_score_without_residual", "mean_held_out", "mean_held_out_without_residual")
-FIELDS = ("validation_perplexity", *SCORES)
+FIELDS = ("validation_perplexity", *SCORES, "mean_removed", "mean_mapped")
 
 
 def summarise(results: Sequence[PretrainResult]) -> list[dict[str, Any]]:
