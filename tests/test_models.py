@@ -9,7 +9,15 @@ import torch
 import transformers
 from conftest import COMMON, make_ids, make_model
 from safetensors.torch import load_file, save_file
-from shoal.models import cache_folder, choose_dtype, convert_packaged, hash_weights, load_model, load_tokenizer
+from shoal.models import (
+    cache_folder,
+    choose_dtype,
+    convert_packaged,
+    hash_weights,
+    load_model,
+    load_tokenizer,
+    make_skeleton,
+)
 
 
 @pytest.fixture
@@ -37,6 +45,12 @@ def test_packaged_models_are_made_once_in_the_cache(tmp_path, monkeypatch):
     assert {path.name: path.stat().st_mtime_ns for path in first.iterdir()} == times
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-random"]
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_packaged_model_that_is_asked_for_its_shape_first_is_made_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    assert make_skeleton("tiny-random").device.type == "meta"
+    assert load_model("tiny-random").device.type != "meta"
 
 
 def test_a_folder_gives_the_same_model(llama, folder):

@@ -126,8 +126,9 @@ def make_skeleton(name: str, *, revision: str | None = None, dtype: torch.dtype 
 
     Raises ValueError if there is no such configuration.
     """
+    config = read_config(name, revision=revision)  # this may unpack a packaged model, and must write real weights then
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(read_config(name, revision=revision), dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def read_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
