@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from dummy_trials import DummySweep, measure_overhead
 from rich.console import Console
 from rich.table import Table
 from shoal.corpus import load_corpus
@@ -155,6 +156,17 @@ def trials() -> list[tuple[str, str, str]]:
     return [("a trial outside torch work (median)", f"{statistics.median(overheads):.1f} s", "≤ 8 s")]
 
 
+def concurrency() -> list[tuple[str, str, str]]:
+    """64 trials at once that report every ten seconds and do nothing else: what driver and tracker add to their time."""
+    with tempfile.TemporaryDirectory() as folder:
+        sweep = DummySweep(Path(folder), num_trials=64, num_reports=12, every_s=10.0)
+        shares, cpu_s, unsent = measure_overhead(sweep, num_cpus=2)
+    return [
+        ("64 trials at once, time beyond their work (median)", f"{statistics.median(shares):.1%}", "≤ 5 %"),
+        (f"64 trials at once, driver and tracker ({unsent} records late)", f"{cpu_s:.2f} CPU s per trial", ""),
+    ]
+
+
 def serving() -> list[tuple[str, str, str]]:
     """Whole answers of a token over Ray Serve and HTTP, one at a time, beside the engine called directly."""
     with socket.socket() as listener:
@@ -185,7 +197,9 @@ def serving() -> list[tuple[str, str, str]]:
     return [(label, f"{(served - direct) * 1e3:.1f} ms", "≤ 5 ms")]
 
 
-BENCHMARKS = {work.__name__: work for work in (calibrate, memory, linearity, dtypes, compress, trials, serving)}
+BENCHMARKS = {
+    work.__name__: work for work in (calibrate, memory, linearity, dtypes, compress, trials, concurrency, serving)
+}
 
 
 def main(names: list[str]) -> None:

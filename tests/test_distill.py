@@ -117,6 +117,22 @@ def test_a_perfect_student_has_nothing_to_learn(teacher, loss, blocks):
     assert losses_of(run)[0] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("trained", ["maps", "lora", "all"])
+def test_checkpointed_gradients_are_the_same_and_hold_less(teacher, trained):
+    losses, held = [], []
+    for checkpointed in (False, True):
+        run = make_run(
+            teacher, trained=trained, num_steps=4, loss={"logit_kl": 1, "layer_mse": 1}, gradient_checkpointing=checkpointed
+        )
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t):
+            losses.append(losses_of(run))
+        held.append(sum(sizes))
+        assert not run.finish().is_gradient_checkpointing
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert held[1] < 0.6 * held[0]
+
+
 def save_and_load(state: dict) -> dict:
     file = io.BytesIO()
     torch.save(state, file)

@@ -89,6 +89,14 @@ def test_at_weight_0_the_loss_is_the_language_models(read, prose):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-6)
 
 
+def test_checkpointed_gradients_learn_the_same(read, prose):
+    recipe = make_recipe(prose, kind="cosine", weight=0.5)
+    training = recipe.training.model_copy(update={"gradient_checkpointing": True})
+    recipes = (recipe, recipe.model_copy(update={"training": training}))
+    plain, checkpointed = ([one["loss"] for one in make_run(read, each) if "loss" in one] for each in recipes)
+    assert checkpointed == pytest.approx(plain, rel=1e-4)
+
+
 def test_a_strong_regulariser_makes_neighbouring_states_more_alike(read, prose):
     plain, strong = (make_run(read, make_recipe(prose, kind="cosine", weight=weight)) for weight in (0, 20))
     for run in (plain, strong):

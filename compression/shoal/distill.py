@@ -25,7 +25,7 @@ from shoal.losses import TopTokens, find_divergence, find_normalizer, mix_losses
 from shoal.recipe import Distillation
 from shoal.teacher import TeacherTargets, measure_targets
 from shoal.text import TokenWindows
-from shoal.trainable import autocast, merge_trained, select_trained
+from shoal.trainable import autocast, checkpoint_gradients, merge_trained, select_trained
 
 NUM_CHECKS = 8
 # A check costs about as much as half a step.
@@ -75,6 +75,8 @@ class DistillationRun:
         with torch.random.fork_rng([student.device] if student.device.type == "cuda" else []):
             torch.manual_seed(seed)  # LoRA begins at random
             self.student = select_trained(student, settings, keep_zeros=keep_zeros)
+        if settings.gradient_checkpointing:
+            checkpoint_gradients(student)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         self.descent = Descent(self.trained, settings, num_windows=len(lesson.windows), seed=seed)
         self.best_kl, self.checks_since_best = math.inf, 0
@@ -103,6 +105,7 @@ class DistillationRun:
         if self.lesson.held_out is not None:
             self.descent.set_weights(self.best_weights)
         merged = merge_trained(self.student)
+        merged.gradient_checkpointing_disable()
         for parameter in merged.parameters():
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(self.dtype)

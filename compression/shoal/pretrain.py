@@ -33,7 +33,7 @@ from shoal.pretrain_recipe import PretrainRecipe
 from shoal.regularize import Penalty
 from shoal.splice import Splice, measure_splices
 from shoal.teacher import measure_targets
-from shoal.trainable import autocast
+from shoal.trainable import autocast, checkpoint_gradients
 
 MEANS = ("score", "score_without_residual", "held_out", "held_out_without_residual", "cosine", "norm_ratio")
 """The fields of `BlockLinearity` whose means over the blocks are recorded, as `mean_<field>`."""
@@ -68,6 +68,8 @@ class PretrainingRun:
     def __init__(self, model: PreTrainedModel, corpus: PretrainCorpus, recipe: PretrainRecipe):
         self.model, self.corpus, self.settings = model, corpus, recipe.training
         self.penalty = Penalty(recipe.regularizer)
+        if recipe.training.gradient_checkpointing:
+            checkpoint_gradients(model)
         chosen = DTYPES[recipe.dtype] if recipe.dtype else choose_dtype(model.device)
         # Gradients in float16 would need a scaled loss.
         self.dtype = torch.float32 if chosen == torch.float16 else chosen

@@ -91,6 +91,7 @@ class Steps(Value):
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     max_gradient_norm: float = Field(default=1.0, gt=0)
+    gradient_checkpointing: bool = Field(default=False, description="less memory: blocks run again on the way back")
 
     @property
     def num_steps(self) -> int:

@@ -91,6 +91,16 @@ class MaskedLora(MaskedWeight):
         return weight + (self.b @ self.a) * self.kept
 
 
+def checkpoint_gradients(model: PreTrainedModel) -> None:
+    """Has the blocks keep their input alone for the way back, and run again there: a third slower, much less memory.
+
+    Raises ValueError if the architecture cannot do that.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(f"{type(model).__name__} cannot checkpoint its gradients; leave gradient_checkpointing out")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Products in `dtype` whatever the parameters are kept in; nothing for float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)

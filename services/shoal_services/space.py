@@ -100,6 +100,7 @@ class Space(Value):
     window: int = 512
     windows_per_step: Axis[int] = 4
     windows_per_pass: int = 4
+    gradient_checkpointing: bool = False
     weight_decay: Axis[float] = 0.0
     patience: int | None = None
     seed: Axis[int] = 0
