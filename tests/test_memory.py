@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reas
 
 MIB = 2**20
 # Beyond what the imports hold; the weights alone take 513 MiB.
-LIMIT_MIB = 440
+LIMIT_MIB = 500
 
 # The limit is of private memory: files that are mapped in common do not count, the system can drop them. It holds from
 # the end of loading on, as transformers maps all files for a moment; the peak is of the private pages all the way.
@@ -78,16 +78,16 @@ def run(folder: Path, out: Path, texts: list[str], limit_mib: int, how: str) -> 
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_a_streamed_model_takes_less_than_teacher_and_student(folder, texts, tmp_path):
-    done = run(folder, tmp_path / "out", texts, 8000, "streamed")
+def test_a_streamed_model_is_compressed_where_its_weights_have_no_room(folder, texts, tmp_path):
+    done = run(folder, tmp_path / "out", texts, LIMIT_MIB, "streamed")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(
         f"\nfloat32 weights {found['weights'] / MIB:.0f} MiB, peak {found['peak'] / MIB:.0f} MiB "
         f"beyond the imports; perplexity {found['perplexity']:.2f}, dense {found['dense']:.2f}; {found['seconds']}"
     )
-    # 607 MiB were measured, for weights of 513: vocabulary, windows and sums weigh more than blocks in so small a model.
-    assert found["peak"] < 1.5 * found["weights"]
+    # Vocabulary, windows and sums weigh more than blocks in so small a model.
+    assert found["peak"] < LIMIT_MIB * MIB < found["weights"]
     assert found["dense"] < found["perplexity"] < 2 * found["dense"]
 
 
