@@ -238,9 +238,10 @@ def train_on_rank(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_learn_what_one_does(teacher, tmp_path):
-    torch.multiprocessing.spawn(train_on_rank, (2, tmp_path), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_learn_what_one_does(teacher, world, tmp_path):
+    torch.multiprocessing.spawn(train_on_rank, (world, tmp_path), nprocs=world)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for windows_per_step, *found in zip(STEPS_OF_RANKS, *ranks, strict=True):
         alone = make_run(teacher, num_steps=6, windows_per_step=windows_per_step)
         expected, parameters = losses_of(alone), list(alone.finish().parameters())

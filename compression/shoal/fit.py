@@ -59,11 +59,12 @@ def _solve(gram: Gram, ordinary: Gram, ridge: float) -> Tensor:
 
 def _solve_positive(gram: Tensor, target: Tensor, penalty: Tensor | float) -> Tensor:
     """(gram + penalty · I)⁻¹ target by Cholesky; by eigenvalues where the matrix is singular."""
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(gram + penalty * identity)
+    penalised = gram.clone()
+    penalised.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(penalised)
     if not failed:
         return torch.cholesky_solve(target, factor)
-    return torch.linalg.pinv(gram + penalty * identity, hermitian=True) @ target
+    return torch.linalg.pinv(penalised, hermitian=True) @ target
 
 
 def _held_out_error(update_xy: Tensor, fitted: Gram, held: Gram) -> float:
