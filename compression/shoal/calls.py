@@ -43,8 +43,9 @@ def record_calls(model: PreTrainedModel, ids: Tensor) -> list[Call]:
         calls.append(call)
         return stream
 
+    stack = find_stacks(model)[0]
     with _stand_in(model, _find_tail(model, ids), note):
-        find_stacks(model)[0].read(ids)
+        stack.read(ids)
     return calls
 
 
