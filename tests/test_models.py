@@ -105,7 +105,12 @@ def test_an_encoder_is_refused(tmp_path):
 def test_a_decoder_that_looks_at_later_tokens_is_refused(tmp_path, dtype, size, monkeypatch):
     """Whatever its configuration says; also one whose random weights hardly look at other tokens."""
     config = transformers.BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, initializer_range=size
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        initializer_range=size,
     )
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path)
     monkeypatch.setattr("shoal.models.is_causal", lambda _config: True)

