@@ -82,8 +82,11 @@ def load_model(
         model, report = _read_weights(config, folder, extra, torch_dtype, device if streamed else None)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load model {name!r}: {_explain(error)}") from error
-    if report["missing_keys"]:
-        missing, made_as = sorted(report["missing_keys"]), ", ".join(model.config.architectures or ["?"])
+    missing = sorted(report["missing_keys"])
+    if is_encoder(config) and missing and all(key.startswith("pooler.") for key in missing):
+        model.pooler, missing = None, []  # no block needs it, and random weights must not be saved as the model's
+    if missing:
+        made_as = ", ".join(model.config.architectures or ["?"])
         raise ValueError(
             f"cannot load model {name!r}: its files lack {len(missing)} weights, {missing[0]!r} for one; it was saved as "
             f"{made_as}, which may lack the language-model head"
@@ -146,8 +149,11 @@ def make_skeleton(name: str, *, revision: str | None = None, dtype: torch.dtype 
     Raises ValueError if there is no such configuration.
     """
     config = read_config(name, revision=revision)  # this may unpack a packaged model, and must write real weights then
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"cannot load model {name!r}: {_explain(error)}") from error
 
 
 def read_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
