@@ -123,6 +123,8 @@ def drop_blocks(model: PreTrainedModel, dropped: Iterable[int]) -> None:
     depth, gone = len(blocks), set(dropped)
     check_block_indices(gone, depth)
     kept = [index for index in range(depth) if index not in gone]
+    if 0 in gone and blocks[0].state_dict().keys() != blocks[kept[0]].state_dict().keys():
+        raise ValueError("block 0 holds what no other block has (position biases, or no first norm): it has to stay")
     for position, index in enumerate(kept):
         _renumber(blocks[index], index, position)
     survivors = [blocks[index] for index in kept]

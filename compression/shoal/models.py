@@ -84,7 +84,7 @@ def load_model(
         raise ValueError(f"cannot load model {name!r}: {_explain(error)}") from error
     missing = sorted(report["missing_keys"])
     if is_encoder(config) and missing and all(key.startswith("pooler.") for key in missing):
-        model.pooler, missing = None, []  # no block needs it, and random weights must not be saved as the model's
+        model.pooler, missing = None, []  # type: ignore[assignment]  # no block needs it, and random weights must not be saved as the model's
     if missing:
         made_as = ", ".join(model.config.architectures or ["?"])
         raise ValueError(
@@ -130,7 +130,8 @@ def _refuse_encoders(config: PretrainedConfig) -> None:
     if not is_causal(config):
         kind = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
         raise ValueError(
-            f"it is {kind} ({config.model_type}), and this needs a causal decoder; encoders can be profiled and compressed"
+            f"it is {kind} ({config.model_type}), and this needs a causal decoder; "
+            "`shoal profile` and `shoal compress` take it"
         )
 
 

@@ -32,8 +32,8 @@ from shoal.token_errors import (
 @dataclass(frozen=True)
 class Profile:
     """The linearity of a model's blocks on one text. Of the errors per token: quantiles .5, .9, .99 and 1 for each block,
-    a histogram for each block, and the least linear tokens. `scaled`: mean scores for updates of other sizes. `stack`: which
-    of an encoder-decoder's two."""
+    a histogram for each block, and the least linear tokens. `scaled`: mean scores for updates of other sizes. `stack`:
+    which of an encoder-decoder's two."""
 
     model: str
     text: Text

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from shoal.encoders import EncoderPoint
 from shoal.frontier import name_picks
 from shoal.linearity import RANKING_REASON, BlockLinearity
 from shoal.profile import Profile
@@ -161,6 +162,24 @@ def point_table(point: Point) -> Table:
         for label, field in (("prefill, tokens/s", "prefill_tokens_per_s"), ("decode, tokens/s", "decode_tokens_per_s")):
             table.add_row(label, f"{getattr(point.dense_speed, field):,.1f}", f"{getattr(point.speed, field):,.1f}")
     table.add_row("blocks replaced", "", " ".join(map(str, point.recipe.blocks or ())))
+    return table
+
+
+def cost_table(point: EncoderPoint) -> Table:
+    """What a compressed encoder costs, beside the dense one."""
+    caption = "± one standard error over windows (of the difference: paired)."
+    table = Table(title=f"{point.recipe.base_model}, {point.recipe.changes}", caption=caption, caption_justify="left")
+    for column in ("", "dense", "compressed", "difference"):
+        table.add_column(column, justify="right" if column else "left")
+    for cost in point.costs:
+        table.add_row(
+            f"{cost.measure}, {cost.text.name} ({cost.text.num_tokens:,})",
+            f"{cost.dense:.4f} ± {cost.dense_standard_error:.4f}", f"{cost.value:.4f} ± {cost.standard_error:.4f}",
+            f"{cost.difference:+.4f} ± {cost.difference_standard_error:.4f}",
+        )  # fmt: skip
+    change = point.num_parameters - point.dense_num_parameters
+    table.add_row("parameters", f"{point.dense_num_parameters:,}", f"{point.num_parameters:,}", f"{change:+,}")
+    table.add_row("blocks replaced", "", " ".join(map(str, point.recipe.blocks or ())), "")
     return table
 
 

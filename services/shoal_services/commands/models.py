@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from shoal.profile import Profile
-    from shoal.recipe import TaskScore
+    from shoal.recipe import Recipe, TaskScore, Texts
 
 
 class KindName(StrEnum):
@@ -159,6 +159,9 @@ def compress(
 ) -> None:
     """Make one smaller model: choose blocks, fit their replacements, thin the other weights, distil, evaluate, store.
 
+    Of an encoder, or of the encoder of an encoder-decoder, blocks are replaced in closed form; what it costs is measured by
+    the masked-LM or seq2seq loss, or where there is no such head by how far the texts' embeddings turn.
+
     Examples:
 
         shoal compress smollm2-135m --num-replaced 6
@@ -171,9 +174,13 @@ def compress(
 
         shoal compress ./larger-than-memory -n 6 --streamed
 
+        shoal compress minilm-l6-v2 -n 1
+
         shoal compress ./my-llama --blocks 12,13,14 --text corpus.txt --evaluation-text held-out.txt
     """
+    from shoal.blocks import is_causal
     from shoal.compress import compress as run
+    from shoal.models import read_config
     from shoal.recipe import Distillation, Recipe
 
     from shoal_services.tables import point_table
@@ -202,6 +209,11 @@ def compress(
         text, evaluation_text, calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens, window=window
     )
     folder = out or Path(f"{Path(model).name}-{recipe.short_name}")
+    if not is_causal(read_config(model, revision=revision)):
+        if streamed:
+            raise ValueError("an encoder cannot be streamed; leave out --streamed")
+        _compress_encoder(recipe, folder, texts, as_json)
+        return
     with show_progress() as listen:
         point = run(recipe, folder, texts=texts, streamed=streamed, listen=listen)
     if as_json:
@@ -209,6 +221,21 @@ def compress(
         return
     output.print(point_table(point))
     console.print(f"model: {folder}   card: {folder / 'README.md'}   load: shoal.load({str(folder)!r})")
+
+
+def _compress_encoder(recipe: Recipe, folder: Path, texts: Texts, as_json: bool) -> None:
+    from shoal.encoders import compress_encoder
+
+    from shoal_services.tables import cost_table
+    from shoal_services.terminal import console, output, show_progress
+
+    with show_progress() as listen:
+        point = compress_encoder(recipe, folder, texts=texts, listen=listen)
+    if as_json:
+        print(point.model_dump_json(indent=2))
+        return
+    output.print(cost_table(point))
+    console.print(f"model: {folder}   load: shoal.load({str(folder)!r})")
 
 
 def evaluate(
