@@ -176,12 +176,12 @@ def _choose_measure(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     @torch.no_grad()
     def find_turn(model: PreTrainedModel, ids: Tensor, _first: int) -> Tensor:
         mean, aim = (each.base_model(input_ids=ids).last_hidden_state.float().mean(1) for each in (model, dense))
-        return 1 - cosine_similarity(mean.double(), aim.double())
+        return (1 - cosine_similarity(mean.double(), aim.double())).clamp(min=0)  # rounding goes below
 
     if dense.config.is_encoder_decoder:
         return "seq2seq loss", find_target_loss
     if dense.get_output_embeddings() is None:
-        return "1 − cosine of the embedding to the dense one", find_turn
+        return "embedding, 1 − cosine to dense", find_turn
     if mask_id is None:
         raise ValueError("the tokenizer has no mask token, so the masked-LM loss cannot be measured")
     return "masked-LM loss", find_masked_loss
