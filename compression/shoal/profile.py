@@ -47,7 +47,7 @@ class Profile:
     @property
     def label(self) -> str:
         """The model, and the stack if it has two."""
-        return f"{self.model}, {self.stack}" if self.stack else self.model
+        return f"{self.model} ({self.stack})" if self.stack else self.model
 
     def as_dict(self) -> dict[str, Any]:
         """The profile as JSON-able values."""
