@@ -86,7 +86,7 @@ def test_model_without_decoder_stack_is_refused():
     config = transformers.AlbertConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, embedding_size=8
     )
-    with pytest.raises(ValueError, match="no list of 3 decoder blocks"):
+    with pytest.raises(ValueError, match="no list of 3 encoder blocks"):
         find_blocks(transformers.AlbertModel(config))
 
 

@@ -142,7 +142,7 @@ def test_linearity_before_and_after_over_seeds(tmp_path: Path, tiny_random: str)
     for field in MEASURES:
         assert told["change"][field]["mean"] != 0 and told["change"][field]["standard_error"] > 0
     texts = Texts(calibration_tokens=8192, window=128)
-    profiled = profile_model(told["seeds"][0]["model"], texts, dtype="float32")
+    (profiled,) = profile_model(told["seeds"][0]["model"], texts, dtype="float32")
     assert profiled.mean("score") == pytest.approx(fmean(block["score"] for block in told["seeds"][0]["blocks"]), abs=1e-9)
     assert (tmp_path / "ends" / "linearity.html").stat().st_size > 10_000
     again = subprocess.run([*command, "--num-epochs", "2"], capture_output=True, text=True, timeout=300)

@@ -9,15 +9,8 @@ import torch
 import transformers
 from conftest import COMMON, make_ids, make_model
 from safetensors.torch import load_file, save_file
-from shoal.models import (
-    cache_folder,
-    choose_dtype,
-    convert_packaged,
-    hash_weights,
-    load_model,
-    load_tokenizer,
-    make_skeleton,
-)
+from shoal.models import choose_dtype, hash_weights, load_model, load_tokenizer, make_skeleton
+from shoal.packaged import cache_folder, convert_packaged
 
 
 @pytest.fixture
@@ -99,9 +92,18 @@ def test_a_damaged_gguf_file_is_refused(tmp_path, content, load):
         load(str(tmp_path / "model.gguf"))
 
 
+def test_an_encoder_is_refused(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"it is an encoder \(bert\), and this needs a causal decoder"):
+        load_model(str(tmp_path))
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 0.02), ("float32", 0.2), ("bfloat16", 0.2)])
-def test_an_encoder_is_refused(tmp_path, dtype, size):
-    """Also one whose random weights hardly look at other tokens."""
+def test_a_decoder_that_looks_at_later_tokens_is_refused(tmp_path, dtype, size, monkeypatch):
+    """Whatever its configuration says; also one whose random weights hardly look at other tokens."""
     config = transformers.BertConfig(
         vocab_size=64,
         hidden_size=32,
@@ -111,6 +113,7 @@ def test_an_encoder_is_refused(tmp_path, dtype, size):
         initializer_range=size,
     )
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path)
+    monkeypatch.setattr("shoal.models.is_causal", lambda _config: True)
     with pytest.raises(ValueError, match=r"\(bert\) looks at later tokens: it is an encoder; Shoal needs a causal decoder"):
         load_model(str(tmp_path), dtype=dtype)
 
@@ -120,7 +123,7 @@ def test_an_encoder_decoder_is_refused(tmp_path):
         vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0
     )
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"encoder-decoder model \(t5\)"):
+    with pytest.raises(ValueError, match=r"encoder-decoder \(t5\)"):
         load_model(str(tmp_path))
 
 
@@ -136,7 +139,7 @@ def test_a_lacking_weight_is_refused(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.3.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lack 1 weights of a causal decoder, 'model.layers.3.mlp.up_proj.weight'"):
+    with pytest.raises(ValueError, match=r"lack 1 weights, 'model.layers.3.mlp.up_proj.weight'"):
         load_model(str(folder))
 
 

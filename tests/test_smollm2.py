@@ -17,7 +17,7 @@ TEXTS = Texts(window=512, calibration_tokens=16_384, evaluation_tokens=8_192, se
 
 @pytest.fixture(scope="module")
 def profile():
-    return profile_model("smollm2-135m", TEXTS)
+    return profile_model("smollm2-135m", TEXTS)[0]
 
 
 def test_sinks_make_the_middle_look_linear(profile):

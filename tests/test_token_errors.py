@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import linear_network
+from shoal.blocks import find_stacks
 from shoal.moments import measure_moments
 from shoal.token_errors import (
     EDGES,
@@ -16,7 +17,7 @@ from shoal.token_errors import (
 
 
 def test_every_token_has_an_error_in_every_block(llama, windows):
-    errors = measure_token_errors(llama, windows.take(0, 8), measure_moments(llama, windows))
+    errors = measure_token_errors(find_stacks(llama)[0], windows.take(0, 8), measure_moments(llama, windows))
     assert errors.shape == (5, 8 * 32) and bool((errors > 0).all())
     quantiles = torch.tensor(take_quantiles(errors))
     assert quantiles.shape == (5, 4)
@@ -25,7 +26,7 @@ def test_every_token_has_an_error_in_every_block(llama, windows):
 
 def test_errors_of_a_linear_network_vanish(llama, windows):
     moments = measure_moments(linear_network(llama), windows)
-    assert float(measure_token_errors(llama, windows.take(0, 8), moments).max()) < 1e-3
+    assert float(measure_token_errors(find_stacks(llama)[0], windows.take(0, 8), moments).max()) < 1e-3
 
 
 def test_a_histogram_counts_every_token_once():

@@ -35,13 +35,13 @@ def compress(base_model: str, folder: str | Path, *, texts: Texts | None = None,
 
 
 def load(folder: str | Path, *, dtype: str | None = None) -> PreTrainedModel:
-    """The compressed model in `folder` (or any causal language model), without running code from the folder.
+    """The compressed model in `folder` (or any other), without running code from the folder.
 
     Raises ValueError if there is no such model.
     """
     from shoal.models import load_model
 
-    return load_model(str(folder), dtype=dtype)
+    return load_model(str(folder), dtype=dtype, any_kind=True)
 
 
 class _Package(ModuleType):

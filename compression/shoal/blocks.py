@@ -1,38 +1,107 @@
-"""The decoder blocks of any Hugging Face causal language model, found by structure.
+"""The blocks of any Hugging Face transformer, found by structure.
 
 A block maps the residual stream [batch, time, d] to itself. Boundary l is the stream before block l; boundary
-num_hidden_layers is the stream after the last block, before the final norm.
+num_hidden_layers is the stream after the last block, before the final norm. A causal language model is one stack of
+blocks, an encoder (BERT) another; an encoder-decoder (T5, BART) has both. What Shoal replaces are the blocks of the first.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
-def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's decoder blocks in order: the outermost list of `num_hidden_layers` like modules.
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that one residual stream goes through: "encoder" or "decoder", and the model that feeds them."""
 
-    Raises ValueError if there is no such list (no decoder stack, or blocks that share their weights).
+    name: str
+    blocks: nn.ModuleList
+    model: PreTrainedModel
+
+    def read(self, ids: Tensor) -> None:
+        """One forward pass of token ids [batch, time] through the blocks.
+
+        To the decoder of an encoder-decoder the text is source and, shifted by one, target: it is to say what it read.
+        """
+        if not self.model.config.is_encoder_decoder:
+            self.model.base_model(input_ids=ids, use_cache=False)
+        elif self.name == "encoder":
+            self.model.get_encoder()(input_ids=ids)
+        else:
+            self.model(input_ids=ids, labels=ids, use_cache=False)
+
+    @contextmanager
+    def watch(self, visit: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Inside, every forward pass calls visit(l, stream [batch, time, d]) at each boundary l = 0 … depth, in order.
+
+        Hooks, and not `output_hidden_states`, because the last of those is after the final norm.
+        """
+
+        def before(_block, args, kwargs):
+            visit(0, stream_input(args, kwargs))
+
+        def after(boundary: int):
+            return lambda _block, _args, output: visit(boundary, first_tensor(output))
+
+        hooks = [self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
+        hooks += [block.register_forward_hook(after(index + 1)) for index, block in enumerate(self.blocks)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def find_stacks(model: PreTrainedModel) -> list[Stack]:
+    """The model's stacks: one, or an encoder-decoder's two.
+
+    Raises ValueError if there is no list of blocks (no transformer stack, or blocks that share their weights).
     """
-    depth = text_config(model).num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and _are_blocks(module):
-            return module
+    if model.config.is_encoder_decoder:
+        parts = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
+        return [Stack(name, _find_list(part, name, None), model) for name, part in parts.items()]
+    name = "encoder" if is_encoder(model.config) else "decoder"
+    return [Stack(name, _find_list(model, name, text_config(model).num_hidden_layers), model)]
+
+
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of the model's first stack, in order. Raises ValueError if it has none."""
+    return find_stacks(model)[0].blocks
+
+
+def _find_list(module: nn.Module, name: str, depth: int | None) -> nn.ModuleList:
+    """The outermost list of like modules, `depth` of them if that is known: two stacks may differ in theirs."""
+    for part in module.modules():
+        if isinstance(part, nn.ModuleList) and depth in (None, len(part)) and _are_blocks(part):
+            return part
+    number = "" if depth is None else f"{depth} "
     raise ValueError(
-        f"{type(model).__name__} has no list of {depth} decoder blocks, so there is nothing to replace; "
-        "Shoal needs a causal language model with a plain decoder stack"
+        f"{type(module).__name__} has no list of {number}{name} blocks, so there is nothing to measure or replace; "
+        "Shoal needs a transformer with a plain stack of blocks that do not share their weights"
     )
 
 
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether this is an encoder alone: a masked language model whose tokens see those after them."""
+    masked = any(kind in MODEL_FOR_MASKED_LM_MAPPING for kind in type(config).__mro__)
+    return masked and not config.is_encoder_decoder and not getattr(config, "is_decoder", False)
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether this is a decoder alone: a causal language model."""
+    return not is_encoder(config) and not config.is_encoder_decoder
+
+
 def text_config(model: PreTrainedModel):
-    """The configuration of the decoder (the model's own, or its text part in a multimodal model)."""
-    return model.config.get_text_config(decoder=True)
+    """The configuration of the blocks' text: the model's own, or its text part in a multimodal model."""
+    return model.config if model.config.is_encoder_decoder else model.config.get_text_config(decoder=True)
 
 
 def name_cache_argument(model: PreTrainedModel) -> str:
@@ -54,6 +123,8 @@ def drop_blocks(model: PreTrainedModel, dropped: Iterable[int]) -> None:
     depth, gone = len(blocks), set(dropped)
     check_block_indices(gone, depth)
     kept = [index for index in range(depth) if index not in gone]
+    if 0 in gone and blocks[0].state_dict().keys() != blocks[kept[0]].state_dict().keys():
+        raise ValueError("block 0 holds what no other block has (position biases, or no first norm): it has to stay")
     for position, index in enumerate(kept):
         _renumber(blocks[index], index, position)
     survivors = [blocks[index] for index in kept]
@@ -95,27 +166,9 @@ def stream_input(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-@contextmanager
-def watch_boundaries(model: PreTrainedModel, visit: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Inside, every forward pass calls visit(l, stream [batch, time, d]) at each boundary l = 0 … depth, in order.
-
-    Hooks, and not `output_hidden_states`, because the last of those is after the final norm.
-    """
-    blocks = find_blocks(model)
-
-    def before(_block, args, kwargs):
-        visit(0, stream_input(args, kwargs))
-
-    def after(boundary: int):
-        return lambda _block, _args, output: visit(boundary, first_tensor(output))
-
-    hooks = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-    hooks += [block.register_forward_hook(after(index + 1)) for index, block in enumerate(blocks)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def watch_boundaries(model: PreTrainedModel, visit: Callable[[int, Tensor], None]) -> AbstractContextManager[None]:
+    """Inside, every forward pass visits the boundaries of the model's first stack (see `Stack.watch`)."""
+    return find_stacks(model)[0].watch(visit)
 
 
 def find_down_proj(block: nn.Module, hidden_size: int) -> nn.Linear | Conv1D | None:
@@ -136,7 +189,7 @@ def find_down_proj(block: nn.Module, hidden_size: int) -> nn.Linear | Conv1D | N
 
 
 def find_projections(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
-    """Every projection inside the decoder blocks, by its name in the model; the linear maps between blocks are none."""
+    """Every projection inside the blocks, by its name in the model; the linear maps between blocks are none."""
     blocks = find_blocks(model)
     path = next(path for path, module in model.named_modules() if module is blocks)
     return {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from shoal.blocks import find_blocks, first_tensor, stream_input
+from shoal.blocks import find_blocks, find_stacks, first_tensor, stream_input
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ def record_calls(model: PreTrainedModel, ids: Tensor) -> list[Call]:
         calls.append(call)
         return stream
 
+    stack = find_stacks(model)[0]
     with _stand_in(model, _find_tail(model, ids), note):
-        model.base_model(input_ids=ids, use_cache=False)
+        stack.read(ids)
     return calls
 
 
@@ -114,7 +115,7 @@ def embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def _run_until_stopped(model: PreTrainedModel, ids: Tensor, hook: RemovableHandle) -> None:
     """A forward pass that `hook` ends by raising `_Stop`; the hook is gone afterwards."""
     try:
-        model.base_model(input_ids=ids, use_cache=False)
+        find_stacks(model)[0].read(ids)
     except _Stop:
         pass
     finally:

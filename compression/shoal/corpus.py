@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from shoal.blocks import is_causal
 from shoal.files import write_aside
 from shoal.recipe import Texts
-from shoal.text import Documents, TokenWindows, check_overlap, deal_documents, load_documents, make_windows
+from shoal.text import Documents, TokenWindows, check_overlap, close_windows, deal_documents, load_documents, make_windows
 
 TRAINING_ROLES = ("calibration", "distillation", "selection")
 
@@ -78,7 +79,7 @@ def load_corpus(
     """
     if not distillation_tokens:
         distillation_window = min(distillation_window, texts.window)
-    context = getattr(config, "max_position_embeddings", None)
+    context = find_context(config, tokenizer)
     for window in (texts.window, distillation_window):
         if context and window > context:
             raise ValueError(
@@ -89,7 +90,8 @@ def load_corpus(
 
     def gather(role: str, sources: tuple[str, ...], window: int, num_tokens: int) -> TokenWindows:
         given = [Documents(documents[source].name, dealt[source][role]) for source in sources]
-        return gather_windows(given, tokenizer, window=window, num_tokens=num_tokens)
+        windows = gather_windows(given, tokenizer, window=window, num_tokens=num_tokens)
+        return windows if is_causal(config) else close_windows(windows, tokenizer)
 
     distillation = None
     if distillation_tokens:
@@ -103,6 +105,17 @@ def load_corpus(
     seen = [corpus.calibration, corpus.selection, *([distillation] if distillation else [])]
     check_overlap(seen, list(corpus.evaluation))
     return corpus
+
+
+def find_context(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens that a model takes at once, None if it does not say.
+
+    Of encoders the tokenizer says it too: RoBERTa has two positions more than it can use.
+    """
+    limits = [getattr(config, "max_position_embeddings", None)]
+    if not is_causal(config):
+        limits.append(tokenizer.model_max_length)
+    return min((limit for limit in limits if limit), default=None)
 
 
 def gather_windows(

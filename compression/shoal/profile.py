@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.corpus import load_corpus, load_evaluation
+from transformers import PreTrainedTokenizerBase
+
+from shoal.blocks import Stack, find_stacks
+from shoal.corpus import Corpus, load_corpus, load_evaluation
 from shoal.evaluate import evaluate
 from shoal.linearity import RANKING, BlockLinearity, ScaledScores, score_blocks, score_scaled
 from shoal.models import is_memory_short, load_model, load_tokenizer, recipe_of
@@ -29,7 +32,8 @@ from shoal.token_errors import (
 @dataclass(frozen=True)
 class Profile:
     """The linearity of a model's blocks on one text. Of the errors per token: quantiles .5, .9, .99 and 1 for each block,
-    a histogram for each block, and the least linear tokens. `scaled`: mean scores for updates of other sizes."""
+    a histogram for each block, and the least linear tokens. `scaled`: mean scores for updates of other sizes. `stack`:
+    which of an encoder-decoder's two."""
 
     model: str
     text: Text
@@ -38,6 +42,12 @@ class Profile:
     error_counts: list[list[int]]
     nonlinear_tokens: list[NonlinearToken]
     scaled: Sequence[ScaledScores] = ()
+    stack: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The model, and the stack if it has two."""
+        return f"{self.model} ({self.stack})" if self.stack else self.model
 
     def as_dict(self) -> dict[str, Any]:
         """The profile as JSON-able values."""
@@ -46,7 +56,7 @@ class Profile:
             for score, errors, counts in zip(self.scores, self.token_errors, self.error_counts, strict=True)
         ]
         return {
-            "model": self.model, "text": self.text.model_dump(), "ranks_by": RANKING, "blocks": blocks,
+            "model": self.model, "stack": self.stack, "text": self.text.model_dump(), "ranks_by": RANKING, "blocks": blocks,
             "token_error_edges": EDGES, "nonlinear_tokens": [dataclasses.asdict(one) for one in self.nonlinear_tokens],
             "update_scales": [dataclasses.asdict(one) for one in self.scaled],
         }  # fmt: skip
@@ -65,8 +75,10 @@ def profile_model(
     streamed: bool | None = None,
     update_scales: Sequence[float] = (),
     listen: Listener = ignore,
-) -> Profile:
+) -> list[Profile]:
     """How linear every block of model `name` is on the calibration text; also with updates `update_scales` times as large.
+
+    One profile, or of an encoder-decoder two, its encoder's and its decoder's; the text is both source and target.
 
     `streamed`: with the blocks on disk, a block at a time in memory; if not given, where memory would be short.
 
@@ -75,19 +87,31 @@ def profile_model(
     listen("load", 0, 1)
     if streamed is None:
         streamed = is_memory_short(name, revision=revision, dtype=dtype)
-    model = load_model(name, revision=revision, dtype=dtype, streamed=streamed)
+    model = load_model(name, revision=revision, dtype=dtype, streamed=streamed, any_kind=True)
     tokenizer = load_tokenizer(name, revision=revision)
     corpus = load_corpus(texts, tokenizer, model.config)
     listen("load", 1, 1)
+    profiles = [_profile_stack(stack, corpus, tokenizer, update_scales, listen) for stack in find_stacks(model)]
+    label = f"{name}@{revision}" if revision else name
+    return [dataclasses.replace(one, model=label, stack=one.stack if len(profiles) > 1 else None) for one in profiles]
+
+
+def _profile_stack(
+    stack: Stack, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, update_scales: Sequence[float], listen: Listener
+) -> Profile:
     windows = corpus.calibration
-    moments = measure_moments(model, windows, on_progress=lambda done: listen("moments", done, len(windows)))
+    moments = measure_moments(
+        stack.model, windows, stack=stack, on_progress=lambda done: listen("moments", done, len(windows))
+    )
     scores, scaled = score_blocks(moments), score_scaled(moments, update_scales)
     listen("token errors", 0, 1)
-    errors = measure_token_errors(model, corpus.selection, moments)
+    errors = measure_token_errors(stack, corpus.selection, moments)
     strangest = find_nonlinear_tokens(errors, corpus.selection, tokenizer)
     listen("token errors", 1, 1)
-    label = f"{name}@{revision}" if revision else name
-    return Profile(label, windows.describe(), scores, take_quantiles(errors), count_errors(errors), strangest, scaled)
+    return Profile(
+        type(stack.model).__name__, windows.describe(), scores, take_quantiles(errors), count_errors(errors), strangest,
+        scaled, stack.name,
+    )  # fmt: skip
 
 
 def evaluate_beside(

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal import modeling_shoal
-from shoal.blocks import find_blocks
+from shoal.blocks import find_blocks, is_causal
 from shoal.card import write_card
 from shoal.files import write_aside, write_text
 from shoal.on_disk import is_on_disk
@@ -65,10 +65,19 @@ def _name_remote_code(folder: Path, model: PreTrainedModel) -> None:
     config["architectures"] = [model_class]
     config["auto_map"] = {
         "AutoConfig": f"modeling_shoal.{config_class}",
-        "AutoModelForCausalLM": f"modeling_shoal.{model_class}",
+        _auto_class(model): f"modeling_shoal.{model_class}",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     shutil.copy(modeling_shoal.__file__, folder / "modeling_shoal.py")
+
+
+def _auto_class(model: PreTrainedModel) -> str:
+    """The class of transformers that loads models of this kind."""
+    if is_causal(model.config):
+        return "AutoModelForCausalLM"
+    if model.config.is_encoder_decoder:
+        return "AutoModelForSeq2SeqLM"
+    return "AutoModel" if model.get_output_embeddings() is None else "AutoModelForMaskedLM"
 
 
 def save_point(folder: Path, point: Point) -> Point:

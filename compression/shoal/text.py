@@ -213,6 +213,15 @@ def make_windows(
     return TokenWindows(torch.cat([torch.tensor(prefix, dtype=rows.dtype).expand(num_windows, -1), rows], dim=1), name)
 
 
+def close_windows(windows: TokenWindows, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
+    """The windows with what the tokenizer puts after every text ([SEP], </s>) in the place of their last tokens."""
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    suffix = full[full.index(bare[-1]) + 1 :] if bare and bare[-1] in full else []
+    ids = windows.ids.clone()
+    ids[:, ids.shape[1] - len(suffix) :] = torch.tensor(suffix, dtype=ids.dtype)
+    return TokenWindows(ids, windows.name)
+
+
 def _find_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before every text: BOS for Llama and Gemma, nothing for GPT-2 and SmolLM2."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]

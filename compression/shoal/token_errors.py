@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from shoal.blocks import watch_boundaries
+from shoal.blocks import Stack
 from shoal.gram import Gram
 from shoal.linearity import solve_least_squares
 from shoal.moments import Moments
@@ -39,7 +39,7 @@ class NonlinearToken:
 
 
 @torch.no_grad()
-def measure_token_errors(model: PreTrainedModel, windows: TokenWindows, moments: Moments) -> Tensor:
+def measure_token_errors(stack: Stack, windows: TokenWindows, moments: Moments) -> Tensor:
     """Relative errors ‖ŷ − y‖ / ‖y‖ [L, N] of the N tokens of the windows under each block's best affine map."""
     grams = [moments.ordinary[block] + moments.sinks[block] for block in range(moments.num_blocks)]
     maps: list[nn.Linear] = [_best_map(gram) for gram in grams]
@@ -53,10 +53,10 @@ def measure_token_errors(model: PreTrainedModel, windows: TokenWindows, moments:
             errors[boundary - 1].append(relative)
         previous.append(y_nd)
 
-    with watch_boundaries(model, visit):
+    with stack.watch(visit):
         for row in windows.ids:
             previous.clear()
-            model.base_model(input_ids=row[None].to(model.device), use_cache=False)
+            stack.read(row[None].to(stack.model.device))
     return torch.stack([torch.cat(block) for block in errors]).cpu()
 
 

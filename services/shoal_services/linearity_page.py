@@ -31,28 +31,15 @@ LAYOUT = {
 
 def write_linearity_page(path: Path, name: str, scores: Sequence[BlockLinearity], profile: Profile | None = None) -> None:
     """One model's blocks; with its profile, also how the errors spread over tokens, and which tokens lead them."""
-    note = f"Blocks are ranked by “held out”: {RANKING_REASON}. “All tokens” is the score of arXiv 2405.12250, in sample."
-    sections = [
-        f"<h1>{html.escape(name)}: linearity of the blocks</h1>",
-        draw(linearity_figure(scores)),
-        f"<p class='note'>{note} Noise floor of the in-sample scores: {scores[0].noise_floor:.3f}.</p>",
-        _block_table(scores, profile.token_errors if profile else None),
-    ]
-    if profile is not None:
-        sections += [
-            "<h2>Errors of single tokens</h2>",
-            draw(error_figure(profile.error_counts), with_library=False),
-            "<p class='note'>How many tokens are how far from their block’s best affine map, ‖ŷ − y‖ / ‖y‖. Both axes are "
-            "logarithmic: what a mean hides is the long tail to the right.</p>",
-            "<h2>The least linear tokens</h2>",
-            _token_table(profile.nonlinear_tokens),
-        ]
-    write_text(path, make_page(f"{name}: linearity", sections))
+    write_text(path, make_page(f"{name}: linearity", _describe_stack(name, scores, profile)))
 
 
 def write_comparison_page(path: Path, profiles: Sequence[Profile]) -> None:
-    """Several models, or several revisions of one, in the order given: by depth, on average, and as a table."""
-    names = ", ".join(profile.model for profile in profiles)
+    """Several models, or several revisions of one, in the order given: by depth, on average, and as a table.
+
+    The two stacks of one model are shown in full below.
+    """
+    names = ", ".join(profile.label for profile in profiles)
     texts = sorted({f"{profile.text.name}, {profile.text.num_tokens:,} tokens" for profile in profiles})
     note = (
         f"Measured on {'; '.join(texts)}. Scores of arXiv 2405.12250, in sample, all tokens; means are over all blocks. "
@@ -65,7 +52,38 @@ def write_comparison_page(path: Path, profiles: Sequence[Profile]) -> None:
         f"<p class='note'>{html.escape(note)}</p>",
         make_table(*_comparison_rows(profiles), [False] * len(profiles)),
     ]
+    for profile in profiles if is_one_model(profiles) else ():
+        sections += _describe_stack(profile.label, profile.scores, profile, with_library=False)
     write_text(path, make_page("linearity compared", sections))
+
+
+def is_one_model(profiles: Sequence[Profile]) -> bool:
+    """Whether these are the stacks of one model, and not several models."""
+    return len({profile.model for profile in profiles}) == 1 and len({profile.stack for profile in profiles}) == len(
+        profiles
+    )
+
+
+def _describe_stack(
+    name: str, scores: Sequence[BlockLinearity], profile: Profile | None, *, with_library: bool = True
+) -> list[str]:
+    note = f"Blocks are ranked by “held out”: {RANKING_REASON}. “All tokens” is the score of arXiv 2405.12250, in sample."
+    sections = [
+        f"<h1>{html.escape(name)}: linearity of the blocks</h1>",
+        draw(linearity_figure(scores), with_library=with_library),
+        f"<p class='note'>{note} Noise floor of the in-sample scores: {scores[0].noise_floor:.3f}.</p>",
+        _block_table(scores, profile.token_errors if profile else None),
+    ]
+    if profile is not None:
+        sections += [
+            "<h2>Errors of single tokens</h2>",
+            draw(error_figure(profile.error_counts), with_library=False),
+            "<p class='note'>How many tokens are how far from their block’s best affine map, ‖ŷ − y‖ / ‖y‖. Both axes are "
+            "logarithmic: what a mean hides is the long tail to the right.</p>",
+            "<h2>The least linear tokens</h2>",
+            _token_table(profile.nonlinear_tokens),
+        ]
+    return sections
 
 
 def linearity_figure(scores: Sequence[BlockLinearity]) -> go.Figure:
@@ -104,7 +122,7 @@ def comparison_figure(profiles: Sequence[Profile]) -> go.Figure:
         for field, dash, label in (("score", "solid", ""), ("score_without_residual", "dash", ", without residual")):
             figure.add_scatter(
                 x=depth, y=[getattr(s, field) for s in profile.scores], mode="lines+markers",
-                name=f"{html.escape(profile.model)}{label}",
+                name=f"{html.escape(profile.label)}{label}",
                 line={"color": qualitative.Safe[index % len(qualitative.Safe)], "dash": dash},
             )  # fmt: skip
     figure.update_layout(**LAYOUT, xaxis_title="normalised depth", yaxis_title="linearity (share of variance)")
@@ -113,7 +131,7 @@ def comparison_figure(profiles: Sequence[Profile]) -> go.Figure:
 
 def mean_figure(profiles: Sequence[Profile]) -> go.Figure:
     """Mean scores in the order of the models: over the checkpoints of a training run, Fig. 2 of the paper."""
-    names = [html.escape(profile.model) for profile in profiles]
+    names = [html.escape(profile.label) for profile in profiles]
     figure = go.Figure()
     for field, label in (("score", "with residual"), ("score_without_residual", "without residual")):
         means = [profile.mean(field) for profile in profiles]
@@ -130,7 +148,7 @@ def _comparison_rows(profiles: Sequence[Profile]) -> tuple[list[str], list[list[
         for field in ("score", "score_without_residual"):
             numbers += [f"{profile.mean(field):.4f}", f"{profile.mean(field) - first.mean(field):+.4f}"]
         others = [f"{profile.mean(field):.4f}" for field in ("held_out", "cosine", "norm_ratio")]
-        rows.append([profile.model, str(len(profile.scores)), *numbers, *others])
+        rows.append([profile.label, str(len(profile.scores)), *numbers, *others])
     return header, rows
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from shoal.encoders import EncoderPoint
 from shoal.frontier import name_picks
 from shoal.linearity import RANKING_REASON, BlockLinearity
 from shoal.profile import Profile
@@ -26,7 +27,7 @@ def comparison_table(profiles: Sequence[Profile]) -> Table:
         ]
         for index, field in enumerate(("score", "score_without_residual")):
             cells[index] += f" ({profile.mean(field) - profiles[0].mean(field):+.4f})"
-        table.add_row(profile.model, str(len(profile.scores)), *cells)
+        table.add_row(profile.label, str(len(profile.scores)), *cells)
     return table
 
 
@@ -63,7 +64,7 @@ def linearity_table(name: str, scores: Sequence[BlockLinearity]) -> Table:
 def scale_table(profile: Profile) -> Table:
     """Mean scores of a model if the updates of its blocks were of other sizes."""
     caption = "Means over the blocks, sinks left out, if each block's update alone were so many times as large."
-    table = Table(title=profile.model, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=profile.label, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("× update", "in sample", "held out", "without residual", "without residual, held out"):
         table.add_column(column, justify="right")
     for one in profile.scaled:
@@ -161,6 +162,24 @@ def point_table(point: Point) -> Table:
         for label, field in (("prefill, tokens/s", "prefill_tokens_per_s"), ("decode, tokens/s", "decode_tokens_per_s")):
             table.add_row(label, f"{getattr(point.dense_speed, field):,.1f}", f"{getattr(point.speed, field):,.1f}")
     table.add_row("blocks replaced", "", " ".join(map(str, point.recipe.blocks or ())))
+    return table
+
+
+def cost_table(point: EncoderPoint) -> Table:
+    """What a compressed encoder costs, beside the dense one."""
+    caption = "± one standard error over windows (of the difference: paired)."
+    table = Table(title=f"{point.recipe.base_model}, {point.recipe.changes}", caption=caption, caption_justify="left")
+    for column in ("", "dense", "compressed", "difference"):
+        table.add_column(column, justify="right" if column else "left")
+    for cost in point.costs:
+        table.add_row(
+            f"{cost.measure}, {cost.text.name} ({cost.text.num_tokens:,})",
+            f"{cost.dense:.4f} ± {cost.dense_standard_error:.4f}", f"{cost.value:.4f} ± {cost.standard_error:.4f}",
+            f"{cost.difference:+.4f} ± {cost.difference_standard_error:.4f}",
+        )  # fmt: skip
+    change = point.num_parameters - point.dense_num_parameters
+    table.add_row("parameters", f"{point.dense_num_parameters:,}", f"{point.num_parameters:,}", f"{change:+,}")
+    table.add_row("blocks replaced", "", " ".join(map(str, point.recipe.blocks or ())), "")
     return table
 
 

@@ -15,19 +15,22 @@ from shoal_services.commands.options import (
     Dtype,
     EvaluationText,
     EvaluationTokens,
+    FittingWindow,
     Model,
     Revision,
     Streamed,
     Tokens,
     TrainText,
     Window,
+    choose_window,
     make_texts,
 )  # fmt: skip
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shoal.recipe import TaskScore
+    from shoal.profile import Profile
+    from shoal.recipe import Recipe, TaskScore, Texts
 
 
 class KindName(StrEnum):
@@ -54,7 +57,7 @@ def profile(
     models: Annotated[list[str], typer.Argument(help="Hub ids, folders, .gguf files, or aliases; several are compared.")],
     text: TrainText = ["wikipedia-sample"],  # noqa: B006
     calibration_tokens: Tokens = 32_768,
-    window: Window = 1024,
+    window: FittingWindow = None,
     dtype: Dtype = None,
     revision: Annotated[
         list[str], typer.Option(help="Branch, tag or commit of one Hub model; several are compared. Repeatable.")
@@ -66,7 +69,10 @@ def profile(
     page: Annotated[Path | None, typer.Option(help="Where to write the page; by default ./linearity-MODEL.html.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how linear every decoder block is, of one model or of several side by side.
+    """Measure how linear every block is, of one model or of several side by side: decoders, encoders, or both stacks.
+
+    In an encoder-decoder, the text is both source and target. Where a block ends in a norm (BERT, BART), “without
+    residual” scores what the block changes altogether, y − x, the norm's rescaling of x among it.
 
     Examples:
 
@@ -76,37 +82,32 @@ def profile(
 
         shoal profile dense-folder finetuned-folder
 
+        shoal profile minilm-l6-v2 smollm2-135m
+
         shoal profile smollm2-135m --update-scale 0.5 --update-scale 2
 
         shoal profile EleutherAI/pythia-70m --revision step1000 --revision step10000 --revision step143000
     """
     from shoal.profile import profile_model
 
-    from shoal_services.linearity_page import write_comparison_page, write_linearity_page
+    from shoal_services.linearity_page import is_one_model, write_comparison_page, write_linearity_page
     from shoal_services.tables import comparison_table, linearity_table, scale_table
     from shoal_services.terminal import console, output, show_progress
 
     if len(models) > 1 and revision:
         raise ValueError("--revision chooses among the revisions of one model; name one model, or none of its revisions")
-    texts = make_texts(text, text, calibration_tokens=calibration_tokens, window=window)
     revisions: list[str | None] = [*revision] or [None]
-    measured = []
+    window = choose_window(window, models, revisions)
+    texts = make_texts(text, text, calibration_tokens=calibration_tokens, window=window)
+    measured: list[Profile] = []
     with show_progress() as listen:
         for model, one in product(models, revisions):
 
             def listen_for(stage: str, done: int, total: int, label: str = f"{model}@{one}" if one else model) -> None:
                 listen(f"{stage}, {label}" if len(models) + len(revisions) > 2 else stage, done, total)
 
-            measured.append(
-                profile_model(
-                    model,
-                    texts,
-                    revision=one,
-                    dtype=dtype,
-                    streamed=streamed,
-                    update_scales=update_scale,
-                    listen=listen_for,
-                )
+            measured += profile_model(
+                model, texts, revision=one, dtype=dtype, streamed=streamed, update_scales=update_scale, listen=listen_for
             )
     first = measured[0]
     page = page or Path(f"linearity-{Path(models[0]).name}.html")
@@ -117,7 +118,10 @@ def profile(
     if as_json:
         print(json.dumps(first.as_dict() if len(measured) == 1 else [one.as_dict() for one in measured], indent=2))
         return
-    output.print(linearity_table(first.model, first.scores) if len(measured) == 1 else comparison_table(measured))
+    for part in measured if is_one_model(measured) else ():
+        output.print(linearity_table(part.label, part.scores))
+    if len(measured) > 1:
+        output.print(comparison_table(measured))
     for profile in measured if update_scale else ():
         output.print(scale_table(profile))
     console.print(f"page: {page}")
@@ -146,7 +150,7 @@ def compress(
     evaluation_text: EvaluationText = ["wikipedia-sample"],  # noqa: B006
     calibration_tokens: Tokens = 32_768,
     evaluation_tokens: EvaluationTokens = 16_384,
-    window: Window = 1024,
+    window: FittingWindow = None,
     dtype: Dtype = None,
     revision: Revision = None,
     seed: Annotated[int, typer.Option(help="Seed of the distillation.")] = 0,
@@ -154,6 +158,9 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Make one smaller model: choose blocks, fit their replacements, thin the other weights, distil, evaluate, store.
+
+    Of an encoder, or of the encoder of an encoder-decoder, blocks are replaced in closed form; what it costs is measured by
+    the masked-LM or seq2seq loss, or where there is no such head by how far the texts' embeddings turn.
 
     Examples:
 
@@ -167,9 +174,13 @@ def compress(
 
         shoal compress ./larger-than-memory -n 6 --streamed
 
+        shoal compress minilm-l6-v2 -n 1
+
         shoal compress ./my-llama --blocks 12,13,14 --text corpus.txt --evaluation-text held-out.txt
     """
+    from shoal.blocks import is_causal
     from shoal.compress import compress as run
+    from shoal.models import read_config
     from shoal.recipe import Distillation, Recipe
 
     from shoal_services.tables import point_table
@@ -193,10 +204,16 @@ def compress(
             ) if distil_tokens else None,
         }
     )  # fmt: skip
+    window = choose_window(window, [model], [revision])
     texts = make_texts(
         text, evaluation_text, calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens, window=window
     )
     folder = out or Path(f"{Path(model).name}-{recipe.short_name}")
+    if not is_causal(read_config(model, revision=revision)):
+        if streamed:
+            raise ValueError("an encoder cannot be streamed; leave out --streamed")
+        _compress_encoder(recipe, folder, texts, as_json)
+        return
     with show_progress() as listen:
         point = run(recipe, folder, texts=texts, streamed=streamed, listen=listen)
     if as_json:
@@ -204,6 +221,21 @@ def compress(
         return
     output.print(point_table(point))
     console.print(f"model: {folder}   card: {folder / 'README.md'}   load: shoal.load({str(folder)!r})")
+
+
+def _compress_encoder(recipe: Recipe, folder: Path, texts: Texts, as_json: bool) -> None:
+    from shoal.encoders import compress_encoder
+
+    from shoal_services.tables import cost_table
+    from shoal_services.terminal import console, output, show_progress
+
+    with show_progress() as listen:
+        point = compress_encoder(recipe, folder, texts=texts, listen=listen)
+    if as_json:
+        print(point.model_dump_json(indent=2))
+        return
+    output.print(cost_table(point))
+    console.print(f"model: {folder}   load: shoal.load({str(folder)!r})")
 
 
 def evaluate(

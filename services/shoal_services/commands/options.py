@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from shoal.recipe import Texts
 
-Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or a packaged alias: smollm2-135m, tiny-random.")]
+Model = Annotated[
+    str, typer.Argument(help="Hub id, folder, .gguf file, or a packaged alias: smollm2-135m, minilm-l6-v2, tiny-random.")
+]
 TrainText = Annotated[
     list[str], typer.Option("--text", help="Text to fit and distil on: Hub dataset, .txt, .jsonl, .parquet. Repeatable.")
 ]
@@ -19,6 +24,9 @@ EvaluationText = Annotated[
 Tokens = Annotated[int, typer.Option(help="Tokens to calibrate on; at least 9 per hidden dimension.")]
 EvaluationTokens = Annotated[int, typer.Option(help="Tokens of each evaluation text.")]
 Window = Annotated[int, typer.Option(help="Tokens per window in calibration and evaluation.")]
+FittingWindow = Annotated[
+    int | None, typer.Option(help="Tokens per window; by default 1024, or the model's context where that is shorter.")
+]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; by default what the hardware is fast at.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 Streamed = Annotated[
@@ -33,6 +41,20 @@ Address = Annotated[str | None, typer.Option(help="Ray cluster to use; by defaul
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow server, instead of SQLite in the run's own folder.")]
 NumCpus = Annotated[int | None, typer.Option(help="CPUs of the local cluster; by default all.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]
+
+
+def choose_window(window: int | None, models: list[str], revisions: Sequence[str | None] = (None,)) -> int:
+    """The window that was asked for, or 1024 tokens, or what all of these models take."""
+    from shoal.corpus import find_context
+    from shoal.models import load_tokenizer, read_config
+
+    if window is not None:
+        return window
+    contexts = [
+        find_context(read_config(model, revision=one), load_tokenizer(model, revision=one))
+        for model, one in product(models, revisions)
+    ]
+    return min([1024, *filter(None, contexts)])
 
 
 def make_texts(train: list[str], evaluation: list[str], **sizes: int) -> Texts:

@@ -51,7 +51,7 @@ class Variant:
         )  # fmt: skip
 
     def _start_vllm(self, model: str, settings: VariantSettings) -> VllmEngine:
-        from shoal.models import ALIASES, convert_packaged
+        from shoal.packaged import ALIASES, convert_packaged
 
         from shoal_services.serving.vllm_engine import VllmEngine
 
