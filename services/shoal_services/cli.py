@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from shoal_services.commands import (
+    evaluation,
     finetuning,
     jobs,
     kubernetes,
@@ -36,7 +37,7 @@ def common(
 
 
 for command in (
-    models.profile, models.compress, models.evaluate, searches.search, searches.frontier,
+    models.profile, models.compress, evaluation.evaluate, searches.search, searches.frontier,
     quality.probe, quality.judge, quality.splice, finetuning.finetune, pretraining.pretrain,
     planning.plan, jobs.submit, jobs.jobs, jobs.logs, jobs.stop, machine.doctor,
     serving.serve, serving.bench_serve,
