@@ -212,7 +212,7 @@ def test_a_killed_sweep_goes_on_from_its_checkpoint(tmp_path):
     key = config.trial_key(config.assignments()[0])
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 600
-    while len(list(folder.trial(key).glob("train/*/checkpoint*"))) == 0 or _steps_done(folder, key) < 60:
+    while len(list(folder.trial(key).glob("train/checkpoint*"))) == 0 or _steps_done(folder, key) < 60:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     family = psutil.Process(process.pid).children(recursive=True)
