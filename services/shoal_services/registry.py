@@ -27,7 +27,7 @@ def connect_tracker(uri: str | None) -> MlflowClient:
     import mlflow
 
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # a database's errors come as exceptions too
     return mlflow.MlflowClient(uri)
 
 

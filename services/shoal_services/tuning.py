@@ -21,6 +21,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from shoal_services.config import Workers
 from shoal_services.events import TrialEvents, Trials
+from shoal_services.faults import FaultNotes, raise_storage_error
 from shoal_services.folder import TrialEnd, TrialFolder
 
 START_TIMEOUT_FAILURES = 3
@@ -70,7 +71,7 @@ def run_workers(
     """The result that `loop` left of one trial, on Train's workers; a failed one where they failed for good."""
     folder.write_started(key, assignment)
     job = {**job, "key": key, "assignment": assignment}
-    reason = train_on_workers(loop, job, workers, folder.trial(key))
+    reason = train_on_workers(loop, job, workers, folder)
     if reason is not None:
         failed = folder.result_class(key=key, assignment=assignment, status="failed", reason=reason)
         folder.write_result(cast(E, failed))
@@ -110,11 +111,14 @@ def tune_trials(
         tuner.fit()
 
 
-def train_on_workers(loop: Callable[[dict], None], job: dict[str, Any], workers: Workers, folder: Path) -> str | None:
-    """Runs `loop(job)` on Train's workers, with checkpoints under `folder` that a later call goes on from.
+def train_on_workers(
+    loop: Callable[[dict], None], job: dict[str, Any], workers: Workers, folder: TrialFolder
+) -> str | None:
+    """Runs `loop(job)` on Train's workers, with checkpoints in the trial's folder that a later call goes on from.
 
-    Returns None, or why it failed for good; the checkpoints are gone then.
+    Returns None, or why it failed for good; the checkpoints are gone then. Raises OSError if the storage fails.
     """
+    place = folder.trial(job["key"])
     resources = {"CPU": workers.cpus_per_worker} | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
     trainer = TorchTrainer(
         loop,
@@ -123,7 +127,8 @@ def train_on_workers(loop: Callable[[dict], None], job: dict[str, Any], workers:
             num_workers=workers.num_workers, use_gpu=workers.gpus_per_worker > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            name="train", storage_path=str(folder), callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+            name="train", storage_path=str(place),
+            callbacks=[TuneReportCallback(), FaultNotes(folder, job["key"])],  # type: ignore[list-item]
             failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]  # ray.train's v1 classes are declared
                 max_failures=workers.max_failures, controller_failure_limit=START_TIMEOUT_FAILURES
             ),
@@ -134,31 +139,31 @@ def train_on_workers(loop: Callable[[dict], None], job: dict[str, Any], workers:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
+        raise_storage_error(str(error))
         reason = " ".join(str(error).split())[-500:]
-    shutil.rmtree(folder / "train", ignore_errors=True)
+    shutil.rmtree(place / "train", ignore_errors=True)
     return reason
 
 
 @contextmanager
 def interrupt_for_sure(events: TrialEvents) -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, and again at Tune's next step if the first was lost.
+    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt, and again at Tune's next step if the first was lost.
 
     Python drops an exception that is raised inside a callback of compiled code, and Ray's loop runs many of them.
     """
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        events.interrupted = True
+        events.ending = KeyboardInterrupt()
         signal.default_int_handler(signum, frame)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
-        return
-    before = signal.signal(signal.SIGINT, interrupt)
+    gets_signals = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM) if gets_signals}
     try:
         yield
-        events.raise_if_interrupted()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        events.raise_if_ending()  # also where Tune stumbles over what it could not write
 
 
 def _quieten() -> None:
