@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from searches import LIMIT_S, Search, assert_whole, closed_port, end_tree, wait_until, write_search
-from shoal_services.folder import TrialResult, read_progress
+from shoal_services.folder import OUT_OF_MEMORY, TrialResult, read_progress
 from shoal_services.tracking import KEY_TAG
 
 NUM_STEPS = 512
@@ -81,13 +81,18 @@ def find_workers(process: subprocess.Popen) -> list[psutil.Process]:
     return found
 
 
+def read_trial(search: Search) -> tuple[str, int]:
+    """What the search's trial is at: the stage, and the step in it."""
+    for file in search.folder.root.glob("trials/*/progress.json"):
+        if progress := read_progress(file):
+            return progress[:2]
+    return "", 0
+
+
 def read_step(search: Search) -> int:
     """The step that the search's trial is at, 0 while it does not train."""
-    for file in search.folder.root.glob("trials/*/progress.json"):
-        stage, done, _ = read_progress(file) or ("", 0, 0)
-        if stage == "distil":
-            return done
-    return 0
+    stage, done = read_trial(search)
+    return done if stage == "distil" else 0
 
 
 def finish(search: Search, process: subprocess.Popen) -> TrialResult:
@@ -248,18 +253,75 @@ def storage() -> list[Row]:
             wait_for_step(search, process, 3 * CHECK_EVERY)
             resize(0)
             process.communicate(timeout=LIMIT_S)
-        said, code = " ".join(search.errors().split())[-200:], process.returncode
+        errors, code = search.errors(), process.returncode
         halves = find_halves(search.folder.root)
         resize(ROOMY)
         before = [result.status for result in search.folder.read_results()]
         with started(search) as process:
             told, same = compare(finish(search, process))
         assert_whole(search, 1)
-    clear = code == 1 and "the storage is full" in said and "Traceback" not in said
+    said = errors.splitlines()[-1]
+    clear = code == 1 and "the storage is full" in said and "Traceback" not in errors
     return [
         Row("storage full while it trains", f"exit code {code}: {said}", "says so", clear),
         Row("storage full: half files", f"{halves or 'none'}, results {before}", "none", not halves and not before),
         Row("storage with room again, the same command", told, "the same ± 0.1 %", same),
+    ]
+
+
+def memory() -> list[Row]:
+    """Workers that may take 400 MiB more than they have before they load anything: a pass of 1024 windows takes more."""
+    space = {**SPACE, "windows_per_step": 1024, "windows_per_pass": 1024, "distillation_tokens": 4 * 1024 * 64}
+    results = []
+    for room in (None, 400 * 2**20):
+        with searching(space=space) as search, started(search) as process:
+            if room:
+                limit_workers(search, process, room)
+            results.append(finish(search, process))
+            errors = " ".join(search.errors().split())
+    free, short = results
+    assert free.held_out_perplexity and short.held_out_perplexity, short.reason
+    told = len(short.faults) == 1 and short.faults[0].startswith(OUT_OF_MEMORY) and short.faults[0][:40] in errors
+    ratio = short.held_out_perplexity / free.held_out_perplexity
+    said = f"perplexity {short.held_out_perplexity:.4f}, with enough {free.held_out_perplexity:.4f}"
+    return [
+        Row("too little memory for a pass", "; ".join(short.faults)[:100], "said, one retry", told),
+        Row("too little memory: in passes of one window", said, "the same ± 0.1 %", abs(ratio - 1) < 1e-3),
+    ]
+
+
+def limit_workers(search: Search, process: subprocess.Popen, room: int) -> None:
+    """Limits the memory of the next two workers, each when it begins to load."""
+    limited: set[int] = set()
+
+    def limit_new() -> bool:
+        if read_trial(search)[0] == "load":
+            for one in find_workers(process):
+                if one.pid not in limited:
+                    one.rlimit(psutil.RLIMIT_AS, (one.memory_info().vms + room,) * 2)
+                    limited.add(one.pid)
+        return len(limited) == 2
+
+    wait_until(limit_new, process, search)
+
+
+def hang() -> list[Row]:
+    """One of two workers stopped by SIGSTOP while it trains; a step may take 15 s."""
+    run = {"num_workers": 2, "step_limit_s": 15}
+    with searching(run=run) as search, started(search) as process:
+        at = wait_for_step(search, process, 3 * CHECK_EVERY)
+        victims = find_workers(process)
+        victims[0].suspend()
+        stopped = time.monotonic()
+        lost = at - wait_for_others(search, process, victims) + 1
+        seconds = time.monotonic() - stopped
+        said, same = compare(finish(search, process))
+        left = sum(victim.is_running() for victim in victims)
+    goes_on = f"after {seconds:.1f} s, {left} workers left behind"
+    return [
+        Row("a worker hangs: training goes on", goes_on, "≤ 15 s + 30 s, 0", seconds <= 45 and not left),
+        lost_row("a worker hangs", lost),
+        Row("a worker hangs: the result", said, "the same ± 0.1 %", same),
     ]
 
 
@@ -304,7 +366,7 @@ def find_halves(root: Path) -> list[str]:
     return broken + [str(place.relative_to(root)) for place in models]
 
 
-SCENARIOS: list[Callable[[], list[Row]]] = [worker, driver, terminate, tracker, storage]
+SCENARIOS: list[Callable[[], list[Row]]] = [worker, driver, terminate, tracker, storage, memory, hang]
 
 
 def main() -> None:

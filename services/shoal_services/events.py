@@ -109,7 +109,7 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         try:
             if self.folder.read_result(self._identify(trial)[0]) is None and trial.error_file:
-                raise_storage_error(Path(trial.error_file).read_text())
+                raise_storage_error(Path(trial.error_file).read_text(), self.folder.root)
             self._end(trial)
         except OSError as error:  # no trial's fault: it runs again when there is room
             self.ending = error

@@ -11,6 +11,7 @@ import faulthandler
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ray.train import UserCallback
@@ -30,7 +31,7 @@ class FaultNotes(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         error = worker_exceptions[min(worker_exceptions)]
-        raise_storage_error(str(error))
+        raise_storage_error(str(error), self.folder.root)
         fault, before = describe_fault(error), self.folder.read_faults(self.key)
         self.folder.note_fault(self.key, fault)
         if fault.startswith(OUT_OF_MEMORY) and any(one.startswith(OUT_OF_MEMORY) for one in before):
@@ -45,11 +46,11 @@ def describe_fault(error: Exception) -> str:
     return text
 
 
-def raise_storage_error(said: str) -> None:
+def raise_storage_error(said: str, storage: Path) -> None:
     """Raises OSError if what an error says, whatever library made it, is that the storage is full or fails."""
     for number in STORAGE_ERRORS:
         if os.strerror(number) in said:
-            raise OSError(number, os.strerror(number))
+            raise OSError(number, os.strerror(number), str(storage))
 
 
 @contextmanager

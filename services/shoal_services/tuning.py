@@ -139,7 +139,7 @@ def train_on_workers(
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise_storage_error(str(error))
+        raise_storage_error(str(error), folder.root)
         reason = " ".join(str(error).split())[-500:]
     shutil.rmtree(place / "train", ignore_errors=True)
     return reason
@@ -167,8 +167,8 @@ def interrupt_for_sure(events: TrialEvents) -> Iterator[None]:
 
 
 def _quieten() -> None:
-    """Tune's own messages go to Ray's log files; the terminal is for progress."""
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    """Tune's own messages go to Ray's log files; the terminal is for progress, and for errors in our words."""
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"(ray|optuna)\..*")
     # Ctrl-C reaches us as KeyboardInterrupt: Tune's own handler would return as if the search had ended.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
