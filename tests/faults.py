@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+from ray._private.node import Node
+from ray.cluster_utils import Cluster
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
@@ -69,12 +71,17 @@ def children_of(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
 
 
-def find_workers(process: subprocess.Popen) -> list[psutil.Process]:
-    """The Train workers of a search."""
+def find_workers() -> list[psutil.Process]:
+    """The Train workers of the search that this script runs."""
+    return find_processes("RayTrainWorker")
+
+
+def find_processes(title: str) -> list[psutil.Process]:
+    """Processes that come of this script, with this in their title."""
     found = []
-    for child in children_of(process):
+    for child in psutil.Process().children(recursive=True):
         try:
-            if child.status() != psutil.STATUS_ZOMBIE and "RayTrainWorker" in " ".join(child.cmdline()):
+            if child.status() != psutil.STATUS_ZOMBIE and title in " ".join(child.cmdline()):
                 found.append(child)
         except psutil.Error:
             continue
@@ -134,7 +141,7 @@ def wait_for_step(search: Search, process: subprocess.Popen, step: int) -> int:
 def wait_for_others(search: Search, process: subprocess.Popen, before: list[psutil.Process]) -> int:
     """Waits until other workers train in the place of those; the first step that they took."""
     known = {worker.pid for worker in before}
-    wait_until(lambda: any(w.pid not in known for w in find_workers(process)), process, search)
+    wait_until(lambda: any(w.pid not in known for w in find_workers()), process, search)
     wait_until(lambda: read_step(search) == 0, process, search)  # they load
     return wait_for_step(search, process, 0)
 
@@ -143,7 +150,7 @@ def worker() -> list[Row]:
     """A worker killed with SIGKILL while it trains."""
     with searching() as search, started(search) as process:
         at = wait_for_step(search, process, 3 * CHECK_EVERY)
-        victims = find_workers(process)
+        victims = find_workers()
         victims[0].kill()
         killed = time.monotonic()
         lost = at - wait_for_others(search, process, victims) + 1
@@ -296,7 +303,7 @@ def limit_workers(search: Search, process: subprocess.Popen, room: int) -> None:
 
     def limit_new() -> bool:
         if read_trial(search)[0] == "load":
-            for one in find_workers(process):
+            for one in find_workers():
                 if one.pid not in limited:
                     one.rlimit(psutil.RLIMIT_AS, (one.memory_info().vms + room,) * 2)
                     limited.add(one.pid)
@@ -310,7 +317,7 @@ def hang() -> list[Row]:
     run = {"num_workers": 2, "step_limit_s": 15}
     with searching(run=run) as search, started(search) as process:
         at = wait_for_step(search, process, 3 * CHECK_EVERY)
-        victims = find_workers(process)
+        victims = find_workers()
         victims[0].suspend()
         stopped = time.monotonic()
         lost = at - wait_for_others(search, process, victims) + 1
@@ -323,6 +330,47 @@ def hang() -> list[Row]:
         lost_row("a worker hangs", lost),
         Row("a worker hangs: the result", said, "the same ± 0.1 %", same),
     ]
+
+
+def node() -> list[Row]:
+    """One of two nodes dies, if it can be that of the trial's driver; one worker is enough (`num_workers: [1, 2]`)."""
+    with (
+        two_nodes() as cluster,
+        searching(run={"num_workers": [1, 2]}) as search,
+        started(search, "--address", cluster.address) as process,
+    ):
+        at = wait_for_step(search, process, 3 * CHECK_EVERY)
+        victims, drivers = find_workers(), find_processes("ImplicitFunc")
+        driver_family = {member.pid for member in drivers[0].parents()}
+        dying = [one for one in cluster.worker_nodes if raylet_of(one) in driver_family]
+        killed = time.monotonic()
+        cluster.remove_node(*(dying or list(cluster.worker_nodes)[:1]), allow_graceful=False)
+        lost = at - wait_for_others(search, process, victims) + 1
+        seconds, now = time.monotonic() - killed, len(find_workers())
+        said, same = compare(finish(search, process))
+    goes_on = f"after {seconds:.1f} s, {now} of {len(victims)} workers{', and another driver' if dying else ''}"
+    return [
+        Row("a node dies: training goes on", goes_on, "≤ 120 s, 1 of 2", seconds <= 120 and (now, len(victims)) == (1, 2)),
+        lost_row("a node dies", lost),
+        Row("a node dies: the result", said, "the same ± 0.1 %", same),
+    ]
+
+
+@contextmanager
+def two_nodes() -> Iterator[Cluster]:
+    """A Ray cluster of a head without CPUs and two nodes of one CPU."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def raylet_of(one: Node) -> int:
+    (process,) = one.all_processes["raylet"]
+    return process.process.pid
 
 
 ROOMY = 3 * 2**30
@@ -366,7 +414,7 @@ def find_halves(root: Path) -> list[str]:
     return broken + [str(place.relative_to(root)) for place in models]
 
 
-SCENARIOS: list[Callable[[], list[Row]]] = [worker, driver, terminate, tracker, storage, memory, hang]
+SCENARIOS: list[Callable[[], list[Row]]] = [worker, driver, terminate, tracker, storage, memory, hang, node]
 
 
 def main() -> None:

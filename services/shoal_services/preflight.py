@@ -88,7 +88,7 @@ def fit_trials(run: Workers, nodes: dict[str, Shape], maximum: Maximum) -> Clear
         )
     elif slots < run.num_workers:
         remarks.append("no trial fits on the nodes that are there; the cluster may grow, and the search waits for that")
-    return Clearance(min(max(1, possible // run.num_workers), run.max_concurrent_trials or possible or 1), remarks)
+    return Clearance(min(max(1, possible // run.most_workers), run.max_concurrent_trials or possible or 1), remarks)
 
 
 def _explain_lack(run: Workers, worker: Shape, nodes: dict[str, Shape]) -> str:

@@ -87,7 +87,7 @@ class Tracker:
             file.seek(self._read_position())
             return sum(1 for _ in file)
 
-    def close(self, *, patience_s: float = 30.0) -> int:
+    def close(self, *, patience_s: float = 10.0) -> int:
         """Waits until all is sent, or `patience_s` seconds if the tracker does not answer; returns what is left."""
         self._closing.set()
         self._wake.set()

@@ -24,7 +24,7 @@ from shoal_services.events import TrialEvents, Trials
 from shoal_services.faults import FaultNotes, raise_storage_error
 from shoal_services.folder import TrialEnd, TrialFolder
 
-START_TIMEOUT_FAILURES = 3
+START_TIMEOUT_FAILURES, DRIVER_FAILURES = 3, 2
 # Tune wants a driver to ask for something.
 DRIVER_MEMORY = 2**20
 
@@ -80,19 +80,13 @@ def run_workers(
     return result
 
 
-def require_finished(result: TrialEnd) -> None:
-    """Raises RuntimeError if the trial ended in another way: Tune counts it as an error then."""
-    if result.status != "finished":
-        raise RuntimeError(result.reason or result.status)
-
-
 def tune_trials(
     driver: Callable[..., None], job: dict[str, Any], space: dict[str, Any], events: TrialEvents,
     tune_config: ray.tune.TuneConfig,
 ) -> None:  # fmt: skip
-    """Runs `driver(assignment, job)` as Tune trials under the folder `job["root"]`.
+    """Runs `driver(assignment, job)` as Tune trials under the folder `job["root"]`; a driver whose node dies begins again.
 
-    Raises KeyboardInterrupt after a clean stop.
+    Raises KeyboardInterrupt after a clean stop, OSError if the storage fails.
     """
     _quieten()
     root = Path(job["root"])
@@ -104,7 +98,7 @@ def tune_trials(
         tune_config=tune_config,
         run_config=ray.tune.RunConfig(
             name="tune", storage_path=str(root), callbacks=[events], verbose=0,
-            failure_config=ray.tune.FailureConfig(max_failures=0),
+            failure_config=ray.tune.FailureConfig(max_failures=DRIVER_FAILURES),
         ),
     )  # fmt: skip
     with interrupt_for_sure(events):
@@ -119,12 +113,14 @@ def train_on_workers(
     Returns None, or why it failed for good; the checkpoints are gone then. Raises OSError if the storage fails.
     """
     place = folder.trial(job["key"])
+    least, most = workers.num_workers, workers.most_workers
     resources = {"CPU": workers.cpus_per_worker} | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
     trainer = TorchTrainer(
         loop,
         train_loop_config=job,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=workers.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=least if least == most else (least, most),  # type: ignore[arg-type]  # v1's classes are declared
+            use_gpu=workers.gpus_per_worker > 0, resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name="train", storage_path=str(place),
