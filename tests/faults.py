@@ -333,7 +333,25 @@ def hang() -> list[Row]:
 
 
 def node() -> list[Row]:
-    """One of two nodes dies, if it can be that of the trial's driver; one worker is enough (`num_workers: [1, 2]`)."""
+    """One of two nodes dies."""
+    return lose_node("a node dies", lambda cluster, one: cluster.remove_node(one, allow_graceful=False), limit_s=120)
+
+
+def preemption() -> list[Row]:
+    """One of two nodes is taken away, 20 s after Ray was told so."""
+    return lose_node("a node is taken away with notice", give_notice, limit_s=140)
+
+
+def give_notice(cluster: Cluster, one: Node, *, seconds: int = 20) -> None:
+    words = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away"]
+    words += ["--deadline-remaining-seconds", str(seconds), "--node-id", one.node_id, "--address", cluster.address]
+    subprocess.run([Path(sys.executable).with_name("ray"), "drain-node", *words], check=True, capture_output=True)
+    time.sleep(seconds)
+    cluster.remove_node(one, allow_graceful=False)
+
+
+def lose_node(what: str, lose: Callable[[Cluster, Node], None], *, limit_s: float) -> list[Row]:
+    """One of two nodes, that of the trial's driver if it is on one; one worker is enough (`num_workers: [1, 2]`)."""
     with (
         two_nodes() as cluster,
         searching(run={"num_workers": [1, 2]}) as search,
@@ -343,16 +361,17 @@ def node() -> list[Row]:
         victims, drivers = find_workers(), find_processes("ImplicitFunc")
         driver_family = {member.pid for member in drivers[0].parents()}
         dying = [one for one in cluster.worker_nodes if raylet_of(one) in driver_family]
-        killed = time.monotonic()
-        cluster.remove_node(*(dying or list(cluster.worker_nodes)[:1]), allow_graceful=False)
+        told = time.monotonic()
+        lose(cluster, (dying or list(cluster.worker_nodes))[0])
         lost = at - wait_for_others(search, process, victims) + 1
-        seconds, now = time.monotonic() - killed, len(find_workers())
+        seconds, now = time.monotonic() - told, len(find_workers())
         said, same = compare(finish(search, process))
     goes_on = f"after {seconds:.1f} s, {now} of {len(victims)} workers{', and another driver' if dying else ''}"
+    held = seconds <= limit_s and (now, len(victims)) == (1, 2)
     return [
-        Row("a node dies: training goes on", goes_on, "≤ 120 s, 1 of 2", seconds <= 120 and (now, len(victims)) == (1, 2)),
-        lost_row("a node dies", lost),
-        Row("a node dies: the result", said, "the same ± 0.1 %", same),
+        Row(f"{what}: training goes on", goes_on, f"≤ {limit_s:.0f} s, 1 of 2", held),
+        lost_row(what, lost),
+        Row(f"{what}: the result", said, "the same ± 0.1 %", same),
     ]
 
 
@@ -414,7 +433,7 @@ def find_halves(root: Path) -> list[str]:
     return broken + [str(place.relative_to(root)) for place in models]
 
 
-SCENARIOS: list[Callable[[], list[Row]]] = [worker, driver, terminate, tracker, storage, memory, hang, node]
+SCENARIOS: list[Callable[[], list[Row]]] = [worker, driver, terminate, tracker, storage, memory, hang, node, preemption]
 
 
 def main() -> None:
