@@ -45,7 +45,6 @@ class Workers(Value):
     gpus_per_worker: float = Field(default=0, ge=0)
     max_concurrent_trials: int | None = Field(default=None, ge=1)
     max_failures: int = Field(default=2, ge=0, description="restarts of a trial whose workers die")
-    step_limit_s: float = Field(default=1800, gt=0, description="of training; a worker that takes longer is started again")
     storage: Path = Path("shoal-runs")
     tracking_uri: str | None = None
     address: str | None = None
@@ -80,6 +79,7 @@ class Run(Workers):
     """How a search is run. `keep_models` deletes the weights of trials that are off the frontier, or keeps all."""
 
     keep_models: Literal["frontier", "all"] = "frontier"
+    step_limit_s: float = Field(default=1800, gt=0, description="of training; a worker that takes longer is started again")
     checkpoint_every_s: float = Field(default=60, ge=0, description="at the next check after that")
 
 
