@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A build of torch that is there already stays; a CPU build keeps CUDA packages away.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test test-slow lint bench reliability clean
+.PHONY: help setup demo test test-slow lint bench reliability faults services services-stop clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,8 @@ help:
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make bench        speed and memory, as ratios measured in one run"
 	@echo "make reliability  faults and overload put on a served model, and what came of them"
+	@echo "make faults       faults put on searches, and what was lost"
+	@echo "make services     a tracking server for a team: MLflow with passwords on PostgreSQL; services-stop ends it"
 
 setup: $(VENV)/.installed
 
@@ -51,6 +53,21 @@ bench: setup
 
 reliability: setup
 	$(BIN)/python tests/reliability.py
+
+faults: setup
+	$(BIN)/python tests/faults.py
+
+# PostgreSQL comes from the system's packages; where it is missing, root can install it here.
+SERVICES ?= /var/tmp/shoal-services
+
+services: setup
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
+	  || { [ "$$(id -u)" = 0 ] && apt-get install -y -qq postgresql >/dev/null; } \
+	  || { echo "PostgreSQL is missing: sudo apt-get install postgresql" >&2; exit 1; }
+	$(BIN)/python tests/services.py start $(SERVICES)
+
+services-stop: setup
+	$(BIN)/python tests/services.py stop $(SERVICES)
 
 clean:
 	rm -rf $(VENV) shoal-runs

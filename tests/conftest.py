@@ -26,6 +26,8 @@ from shoal.moments import Moments
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
 from shoal.text import TokenWindows
 
+pytest.register_assert_rewrite("searches")
+
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile("shoal", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("shoal")

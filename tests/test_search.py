@@ -2,149 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import psutil
 import pytest
 import shoal
 import torch
 import yaml
 from conftest import write_task
-from mlflow.entities import Run
 from pages import Page
+from searches import SMOKE, Search, assert_whole, closed_port, end_tree, wait_until, write_search
 from shoal.blocks import find_zeros
 from shoal.frontier import find_frontier, name_picks
 from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Point
 from shoal.store import hash_folder
-from shoal_services.folder import RunFolder
-from shoal_services.tracking import KEY_TAG
 
 SHOAL = Path(sys.executable).with_name("shoal")
 LIMIT_S = 600
 
 
-@dataclass
-class Search:
-    """The smoke search with changes, in a storage of its own, run by the command line in processes of its own."""
-
-    config: Path
-    storage: Path
-    environment: dict[str, str]
-
-    @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.storage / "smoke")
-
-    def start(self, *options: str) -> subprocess.Popen[str]:
-        command = [str(SHOAL), "search", str(self.config), "--storage", str(self.storage), "--num-cpus", "2", *options]
-        return subprocess.Popen(
-            command, env=self.environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=(self.storage / "stderr.txt").open("w"),
-        )  # fmt: skip
-
-    def run(self, *options: str) -> str:
-        """What the whole search prints to its standard output."""
-        process = self.start(*options)
-        try:
-            output, _ = process.communicate(timeout=LIMIT_S)
-        finally:
-            end_tree(process)
-        assert process.returncode == 0, self.errors()
-        return output
-
-    def errors(self) -> str:
-        return (self.storage / "stderr.txt").read_text()
-
-    def client(self) -> mlflow.MlflowClient:
-        return mlflow.MlflowClient(f"sqlite:///{self.folder.root / 'mlflow.db'}")
-
-    def runs(self) -> tuple[Run, dict[str, Run]]:
-        """The parent's run, and the trials' runs by trial key."""
-        client = self.client()
-        experiment = client.get_experiment_by_name("shoal-smoke")
-        runs = client.search_runs([experiment.experiment_id])
-        (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-        children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-        assert len(children) == len(runs) - 1
-        keyed = {run.data.tags[KEY_TAG].rpartition("/")[2]: run for run in children}
-        assert len(keyed) == len(children), "one run a key"
-        return parent, keyed
-
-
-def end_tree(process: subprocess.Popen, known: list[psutil.Process] | None = None) -> None:
-    """Ends a search and the Ray processes that it started, and no others."""
-    family = list(known or [])
-    if process.poll() is None:
-        family += psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        process.wait()
-    for member in family:
-        if member.is_running():  # the same process, not another one of its number
-            member.kill()
-    psutil.wait_procs(family, timeout=10)
-
-
-def wait_until(happened: Callable[[], Any], process: subprocess.Popen, search: Search) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not happened():
-        assert process.poll() is None, search.errors()
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
 @pytest.fixture
-def make_search(tmp_path: Path, root: Path, tiny_random: str) -> Iterator[Callable[..., Search]]:
-    def make(**changes: dict[str, Any]) -> Search:
-        data = yaml.safe_load((root / "tune_configs" / "smoke.yaml").read_text())
-        for section, values in changes.items():
-            data[section] = {**data.get(section, {}), **values}
-        config = tmp_path / "smoke.yaml"
-        config.write_text(yaml.safe_dump(data))
-        (tmp_path / "storage").mkdir()
-        return Search(config, tmp_path / "storage", {**os.environ, "COLUMNS": "160"})
-
-    yield make
+def make_search(tmp_path: Path, tiny_random: str) -> Callable[..., Search]:
+    return functools.partial(write_search, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, root: Path, tiny_random: str) -> tuple[Search, dict[str, Any]]:
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_random: str) -> tuple[Search, dict[str, Any]]:
     """The smoke search as it is in tune_configs, run once for the tests below, and what `--json` printed."""
     storage = tmp_path_factory.mktemp("storage")
-    search = Search(root / "tune_configs" / "smoke.yaml", storage, {**os.environ, "COLUMNS": "160"})
+    search = Search(SMOKE, storage)
     return search, json.loads(search.run("--json"))
-
-
-def closed_port() -> int:
-    """A port of this machine at which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def assert_whole(search: Search, num_trials: int) -> None:
-    """Every trial once, all finished, in the folder and in MLflow alike, and nothing that still runs."""
-    results = search.folder.read_results()
-    assert [result.status for result in results] == ["finished"] * num_trials
-    assert search.folder.read_started() == {}
-    assert Counter(result.point.recipe.key for result in results).most_common(1)[0][1] == 1
-    parent, children = search.runs()
-    assert parent.info.status == "FINISHED"
-    assert {key: run.info.status for key, run in children.items()} == {result.key: "FINISHED" for result in results}
-    for result in results:
-        assert children[result.key].data.metrics["perplexity"] == pytest.approx(result.point.perplexity)
 
 
 def test_the_frontier_is_that_of_the_results(finished):

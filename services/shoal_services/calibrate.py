@@ -38,7 +38,7 @@ def prepare_search(config: SearchConfig, folder: RunFolder, concurrent: int, lis
         _get(work(_write_corpus).remote(payload, folder.root))
         listen("read model and texts", 1, 1)
     corpus = Corpus.load(corpus_file)
-    pieces = _list_pieces(corpus, concurrent * run.num_workers)
+    pieces = _list_pieces(corpus, concurrent * run.most_workers)
     shards = [name for name in pieces if name.startswith("shard.")]
     if (folder.prepared / "moments.safetensors").exists():
         pieces = {name: span for name, span in pieces.items() if name not in shards}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -71,6 +72,9 @@ def _explain(error: Exception) -> str:
             key = ".".join(str(part) for part in complaint["loc"])
             lines.append(f"{key}: " * bool(key) + complaint["msg"].removeprefix("Value error, "))
         return "\n".join(lines)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f" ({error.filename})" if error.filename else ""
+        return f"the storage is full{place}: make room, and give the same command again"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     return "\n".join((str(error) or type(error).__name__).splitlines()[:20])

@@ -33,11 +33,14 @@ class Search(Value):
 class Workers(Value):
     """Where it is run and with how much: none of this changes what comes out.
 
+    `num_workers: [1, 8]` takes as many as there is room for when a trial's workers start, and as nodes come and go.
+
     `max_concurrent_trials` is what the cluster's CPUs and GPUs hold, if not given. `storage` must be shared if the
     cluster has several nodes.
     """
 
     num_workers: int = Field(default=1, ge=1, description="Ray Train workers per trial")
+    max_workers: int | None = Field(default=None, ge=1, description="what num_workers may grow to, if not given as a pair")
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
     max_concurrent_trials: int | None = Field(default=None, ge=1)
@@ -45,6 +48,27 @@ class Workers(Value):
     storage: Path = Path("shoal-runs")
     tracking_uri: str | None = None
     address: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pair_of_workers(cls, data: Any) -> Any:
+        match data:
+            case {"num_workers": [low, high]}:
+                return {**data, "num_workers": low, "max_workers": high}
+        return data
+
+    @model_validator(mode="after")
+    def _grow_or_stay(self) -> Self:
+        if self.most_workers < self.num_workers:
+            raise ValueError(
+                f"num_workers: [{self.num_workers}, {self.max_workers}] shrinks; give the smaller number first"
+            )
+        return self
+
+    @property
+    def most_workers(self) -> int:
+        """A trial's workers where there is room for all."""
+        return self.max_workers or self.num_workers
 
     def given(self, **options: Any) -> Self:
         """These, but with the options that are not None."""
@@ -55,6 +79,8 @@ class Run(Workers):
     """How a search is run. `keep_models` deletes the weights of trials that are off the frontier, or keeps all."""
 
     keep_models: Literal["frontier", "all"] = "frontier"
+    step_limit_s: float = Field(default=1800, gt=0, description="of training; a worker that takes longer is started again")
+    checkpoint_every_s: float = Field(default=60, ge=0, description="at the next check after that")
 
 
 class Tasks(Value):

@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import ray.tune
 from shoal.recipe import Point, fingerprint
 
+from shoal_services.faults import raise_storage_error
 from shoal_services.folder import TrialEnd, TrialFolder, TrialResult
 from shoal_services.space import read_assignment
 from shoal_services.tracking import Tracker
@@ -48,7 +49,7 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
     def __init__(self, config: Trials, folder: TrialFolder[E], tracker: Tracker, *, on_end: Callable[[E], None]):
         self.config, self.folder, self.tracker, self.on_end = config, folder, tracker, on_end
         self.parent = search_key(config)
-        self.interrupted = False
+        self.ending: BaseException | None = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -71,13 +72,13 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
         """Tells MLflow what is in a result."""
         raise NotImplementedError
 
-    def raise_if_interrupted(self) -> None:
-        """Raises KeyboardInterrupt if the search was asked to stop."""
-        if self.interrupted:
-            raise KeyboardInterrupt
+    def raise_if_ending(self) -> None:
+        """Raises KeyboardInterrupt if the search was asked to stop, OSError if its storage failed."""
+        if self.ending is not None:
+            raise self.ending
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.raise_if_interrupted()
+        self.raise_if_ending()
 
     def __getstate__(self) -> dict:
         """Nothing: Tune pickles its callbacks for a restore of its own, and a search restores from its folder."""
@@ -106,7 +107,12 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
         self._end(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial)
+        try:
+            if self.folder.read_result(self._identify(trial)[0]) is None and trial.error_file:
+                raise_storage_error(Path(trial.error_file).read_text(), self.folder.root)
+            self._end(trial)
+        except OSError as error:  # no trial's fault: it runs again when there is room
+            self.ending = error
 
     def _end(self, trial: Any) -> None:
         key, assignment = self._identify(trial)
@@ -130,8 +136,9 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
     def record_end(self, result: E) -> None:
         """Tells MLflow a trial's result, and ends the run."""
         run = self.run_key(result.key)
-        if result.reason:
-            self.tracker.log_tags(run, {"reason": result.reason})
+        told = {"reason": result.reason, "faults": "\n".join(result.faults)}
+        if tags := {name: text for name, text in told.items() if text}:
+            self.tracker.log_tags(run, tags)
         self.record_result(run, result)
         self.tracker.log_artifact(run, self.folder.trial(result.key) / "result.json")
         self.tracker.end_run(run, RUN_STATUS[result.status])

@@ -26,15 +26,17 @@ from shoal.recipe import Point, Value
 from shoal_services.config import SearchConfig
 
 Status = Literal["finished", "collapsed", "stopped", "failed"]
+OUT_OF_MEMORY = "out of memory"
 
 
 class TrialEnd(Value):
-    """How a trial ended. `reason` is there if it did not finish."""
+    """How a trial ended. `reason` is there if it did not finish; `faults` are what ended its workers before."""
 
     key: str
     assignment: dict[str, Any]
     status: Status
     reason: str | None = None
+    faults: tuple[str, ...] = ()
 
 
 class TrialResult(TrialEnd):
@@ -98,6 +100,7 @@ class TrialFolder(Generic[R]):
     def write_result(self, result: R) -> None:
         """Ends a trial: this file is the last that is written."""
         self.trial(result.key).mkdir(parents=True, exist_ok=True)
+        result = result.model_copy(update={"faults": self.read_faults(result.key)})
         write_text(self.trial(result.key) / "result.json", result.model_dump_json(indent=2))
 
     def read_results(self) -> list[R]:
@@ -109,6 +112,16 @@ class TrialFolder(Generic[R]):
         """Assignments of trials that were started and have not ended, by key."""
         files = (self.root / "trials").glob("*/assignment.json")
         return {f.parent.name: json.loads(f.read_text()) for f in files if not (f.parent / "result.json").exists()}
+
+    def note_fault(self, key: str, fault: str) -> None:
+        """Remembers what ended the workers of a trial that is not over."""
+        with (self.trial(key) / "faults.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{fault}\n")
+
+    def read_faults(self, key: str) -> tuple[str, ...]:
+        """What ended workers of a trial so far."""
+        file = self.trial(key) / "faults.txt"
+        return tuple(file.read_text(encoding="utf-8").splitlines()) if file.exists() else ()
 
     def write_started(self, key: str, assignment: dict[str, Any]) -> None:
         """Notes that a trial has begun, so that a later start of the search begins with it."""

@@ -77,7 +77,7 @@ def plan_search(
     recipe = middle_recipe(config)
     dtype = DTYPE_BYTES[config.dtype or "bfloat16"]
     shards = find_shards(config, recipe, shape, hardware, dtype)
-    workers = min(config.run.num_workers, num_gpus)
+    workers = min(config.run.most_workers, num_gpus)
     concurrent = max(1, min(num_gpus // workers, config.run.max_concurrent_trials or num_gpus, config.num_trials))
     prepared = prepare_seconds(config, shape, hardware, concurrent, workers)
     phases = trial_phases(config, recipe, shape, hardware, workers, 1, dtype)

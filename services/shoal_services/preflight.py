@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from shoal.files import write_text
 
 from shoal_services.config import Workers
+from shoal_services.registry import ping
 from shoal_services.resources import Maximum, Shape, read_maximum, read_nodes
 
 MIN_FREE_BYTES = 2 * 2**30
@@ -87,7 +88,7 @@ def fit_trials(run: Workers, nodes: dict[str, Shape], maximum: Maximum) -> Clear
         )
     elif slots < run.num_workers:
         remarks.append("no trial fits on the nodes that are there; the cluster may grow, and the search waits for that")
-    return Clearance(min(max(1, possible // run.num_workers), run.max_concurrent_trials or possible or 1), remarks)
+    return Clearance(min(max(1, possible // run.most_workers), run.max_concurrent_trials or possible or 1), remarks)
 
 
 def _explain_lack(run: Workers, worker: Shape, nodes: dict[str, Shape]) -> str:
@@ -201,16 +202,18 @@ def require_equal(reports: Iterable[NodeReport], here: dict[str, str], storage: 
 
 
 def _look_at_tracker(uri: str | None) -> str | None:
-    """A remark if nobody listens where the tracking server should be: a search goes on without it."""
+    """A remark if the tracking server does not answer, or not to us: a search goes on without it."""
     url = urlsplit(uri or "")
     if url.scheme not in ("http", "https") or not url.hostname:
         return None
     try:
         port = url.port or (443 if url.scheme == "https" else 80)
         socket.create_connection((url.hostname, port), timeout=TRACKER_LIMIT_S).close()
-    except OSError as error:
+        ping(url.geturl())
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else error
         return (
-            f"tracking server {uri} does not answer {platform.node()} ({error.strerror or error}); the search goes on, and "
+            f"tracking server {uri} does not answer {platform.node()} ({reason}); the search goes on, and "
             "its records wait in the folder until the server is up: check run.tracking_uri"
         )
     return None

@@ -27,7 +27,7 @@ def connect_tracker(uri: str | None) -> MlflowClient:
     import mlflow
 
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # a database's errors come as exceptions too
     return mlflow.MlflowClient(uri)
 
 
@@ -39,7 +39,14 @@ def ping(uri: str) -> str:
     try:
         return f"{uri}: {len(client.search_experiments())} experiments"
     except MlflowException as error:
-        raise RuntimeError(str(error)) from error
+        raise RuntimeError(explain_failure(error)) from error
+
+
+def explain_failure(error: Exception) -> str:
+    """Why a tracker did not take or give something, on one line."""
+    if getattr(error, "error_code", None) == "UNAUTHENTICATED":
+        return "it refuses the user or the password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def find_registered(name: str, uri: str | None) -> str:
@@ -60,7 +67,7 @@ def find_registered(name: str, uri: str | None) -> str:
             raise ValueError(
                 f"the registry has no {name!r} ({error.message}); see `mlflow ui`, or give a folder"
             ) from error
-        raise RuntimeError(f"the tracking server does not answer: {error.message}") from error
+        raise RuntimeError(f"the tracking server does not answer: {explain_failure(error)}") from error
     place = version.tags.get(PLACE_TAG)
     if not place:
         raise ValueError(f"{name!r} does not say where its weights are (tag {PLACE_TAG}): no search registered it")

@@ -71,10 +71,12 @@ class ProgressDisplay:
         self.progress.console.print(linearity_table(model, scores))
 
     def show_trial(self, result: TrialResult) -> None:
-        """One line for a trial that has ended, above the bars."""
+        """One line for a trial that has ended, above the bars, and one for each of its faults."""
+        for fault in result.faults:
+            self.progress.console.print(f"trial {result.key}: workers were started again: {fault}", markup=False)
         point = result.point
         if point is None:
-            self.progress.console.print(f"trial {result.key} {result.status}: {result.reason}")
+            self.progress.console.print(f"trial {result.key} {result.status}: {result.reason}", markup=False)
             return
         first, recipe = point.evaluations[0], point.recipe
         distilled = f"{recipe.distillation.num_tokens:,} tokens distilled" if recipe.distillation else "not distilled"

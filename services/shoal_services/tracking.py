@@ -17,7 +17,7 @@ from typing import Any
 
 from shoal.files import write_text
 
-from shoal_services.registry import PLACE_TAG, connect_tracker
+from shoal_services.registry import PLACE_TAG, connect_tracker, explain_failure
 
 KEY_TAG = "shoal.key"
 RETRY_EVERY_S = 5.0
@@ -87,7 +87,7 @@ class Tracker:
             file.seek(self._read_position())
             return sum(1 for _ in file)
 
-    def close(self, *, patience_s: float = 30.0) -> int:
+    def close(self, *, patience_s: float = 10.0) -> int:
         """Waits until all is sent, or `patience_s` seconds if the tracker does not answer; returns what is left."""
         self._closing.set()
         self._wake.set()
@@ -118,7 +118,7 @@ class Tracker:
                 self.problem = None
             # Whatever a tracker raises (network, database, server errors), the search goes on and the record stays.
             except Exception as error:
-                self.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                self.problem = explain_failure(error)
                 if self._closing.wait(RETRY_EVERY_S) and self._given_up.wait(1):
                     return
                 continue

@@ -22,17 +22,15 @@ from shoal.distill import DistillationRun
 from shoal.evaluate import Collapsed, measure_size, measure_speeds, score_windows
 from shoal.models import load_model, load_tokenizer
 from shoal.prepare import Listener, Preparation, ignore
-from shoal.recipe import Recipe, TaskScore, fingerprint
+from shoal.recipe import Distillation, Recipe, TaskScore, fingerprint
 from shoal.replace import Replacement, apply_replacement
 from shoal.store import save, save_point
 from shoal.task_scores import compare_results, load_results
 from transformers import PreTrainedModel
 
 from shoal_services.config import SearchConfig
-from shoal_services.folder import ProgressFile, RunFolder, Status, TrialResult
-
-# Saving the state of a run takes about a second for SmolLM2-135M with LoRA.
-CHECKPOINT_EVERY_S = 60.0
+from shoal_services.faults import limit_steps
+from shoal_services.folder import OUT_OF_MEMORY, ProgressFile, RunFolder, Status, TrialResult
 
 
 def train_trial(job: dict[str, Any]) -> None:
@@ -141,18 +139,26 @@ class Trial:
             )
             return student
         run = DistillationRun(
-            student, model, make_lesson(corpus, preparation), recipe.distillation,
+            student, model, make_lesson(corpus, preparation), self._spare_memory(recipe.distillation),
             replaced=recipe.blocks or (), keep_zeros=recipe.sparsity is not None, seed=recipe.seed,
         )  # fmt: skip
         _restore(run)
-        saved_at = time.monotonic()
-        for metrics in run:
-            self.listen("distil", int(metrics["step"]), recipe.distillation.num_steps)
-            if "held_out_perplexity" in metrics:
-                due = time.monotonic() - saved_at > CHECKPOINT_EVERY_S and run.step < recipe.distillation.num_steps
-                self._report(metrics, num_parameters, state=run.state_dict() if due else None)
-                saved_at = time.monotonic() if due else saved_at
+        num_steps, saved_at = recipe.distillation.num_steps, time.monotonic()
+        with limit_steps(self.config.run.step_limit_s) as live:
+            for metrics in run:
+                live()
+                self.listen("distil", int(metrics["step"]), num_steps)
+                if "held_out_perplexity" in metrics:
+                    due = time.monotonic() - saved_at >= self.config.run.checkpoint_every_s and run.step < num_steps
+                    self._report(metrics, num_parameters, state=run.state_dict() if due else None)
+                    saved_at = time.monotonic() if due else saved_at
         return run.finish()
+
+    def _spare_memory(self, settings: Distillation) -> Distillation:
+        """The same steps, but in passes of one window where memory did not suffice before: the sum is the same."""
+        faults = self.folder.read_faults(self.key)
+        clamped = any(fault.startswith(OUT_OF_MEMORY) for fault in faults)
+        return settings.model_copy(update={"windows_per_pass": 1}) if clamped else settings
 
     def _report(self, metrics: dict[str, float], num_parameters: int, *, state: dict | None = None) -> None:
         """Reports to Train, and so to Tune; with a state, also a checkpoint. Every rank calls this alike."""

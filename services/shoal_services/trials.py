@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 OBJECTIVES = {"held_out_perplexity": "min", "num_parameters": "min"}
 
 
-class TrialEnded(RuntimeError):
-    """A trial that ended without a point: Tune counts it as an error, Optuna as a failed trial."""
-
-
 def run_trials(
     config: SearchConfig, folder: RunFolder, concurrent: int, events: SearchEvents, listen: Listener
 ) -> list[TrialResult]:
@@ -82,7 +78,8 @@ def _make_searcher(
         return None, {"assignment": ray.tune.grid_search(assignments)}
     storage = JournalStorage(JournalFileBackend(str(folder.root / "optuna.journal")))
     _end_cut_off_optuna_trials(storage)
-    searcher = OptunaSearch(
+    searcher = PointSearcher(
+        config, folder,
         space={f"assignment/{name}": _distribution(axis) for name, axis in config.space.axes.items()},
         metric=list(OBJECTIVES), mode=list(OBJECTIVES.values()),
         points_to_evaluate=[{f"assignment/{name}": value for name, value in a.items()} for a in assignments] or None,
@@ -110,18 +107,38 @@ def _end_cut_off_optuna_trials(storage: JournalStorage) -> None:
 
 
 def run_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
-    """One Tune trial: a cheap driver of a Ray Train job. Raises `TrialEnded` if no point comes out."""
+    """One Tune trial: a cheap driver of a Ray Train job."""
     search, folder = SearchConfig.model_validate(job["config"]), RunFolder(Path(job["root"]))
     assignment = read_assignment(config)
     key = search.trial_key(assignment)
     result = folder.read_result(key)
     if result is None:
         result = run_workers(train_worker, job, search.run, folder, key, assignment)
-    if result.point is None:
-        raise TrialEnded(result.reason or result.status)
-    ray.tune.report(
-        {"held_out_perplexity": result.held_out_perplexity, "num_parameters": result.point.num_parameters, "key": key}
-    )
+    if result.point is not None:
+        ray.tune.report(
+            {"held_out_perplexity": result.held_out_perplexity, "num_parameters": result.point.num_parameters, "key": key}
+        )
+
+
+class PointSearcher(OptunaSearch):
+    """Optuna, to which a trial that ended without a point has failed, whatever it reported before."""
+
+    def __init__(self, config: SearchConfig, folder: RunFolder, **options: Any):
+        super().__init__(**options)
+        self.config, self.folder = config.model_dump(mode="json"), folder  # Tune pickles this
+        self.keys: dict[str, str] = {}
+
+    def suggest(self, trial_id: str) -> dict | None:
+        suggested = super().suggest(trial_id)
+        if suggested:
+            config = SearchConfig.model_validate(self.config)
+            self.keys[trial_id] = config.trial_key(read_assignment(suggested))
+        return suggested
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        ended = self.folder.read_result(self.keys[trial_id])
+        failed = error or ended is None or ended.status in ("collapsed", "failed")
+        super().on_trial_complete(trial_id, None if failed else result, error=failed)
 
 
 class HopelessTrialStopper(FIFOScheduler):

@@ -21,9 +21,10 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from shoal_services.config import Workers
 from shoal_services.events import TrialEvents, Trials
+from shoal_services.faults import FaultNotes, raise_storage_error
 from shoal_services.folder import TrialEnd, TrialFolder
 
-START_TIMEOUT_FAILURES = 3
+START_TIMEOUT_FAILURES, DRIVER_FAILURES = 3, 2
 # Tune wants a driver to ask for something.
 DRIVER_MEMORY = 2**20
 
@@ -70,7 +71,7 @@ def run_workers(
     """The result that `loop` left of one trial, on Train's workers; a failed one where they failed for good."""
     folder.write_started(key, assignment)
     job = {**job, "key": key, "assignment": assignment}
-    reason = train_on_workers(loop, job, workers, folder.trial(key))
+    reason = train_on_workers(loop, job, workers, folder)
     if reason is not None:
         failed = folder.result_class(key=key, assignment=assignment, status="failed", reason=reason)
         folder.write_result(cast(E, failed))
@@ -79,19 +80,13 @@ def run_workers(
     return result
 
 
-def require_finished(result: TrialEnd) -> None:
-    """Raises RuntimeError if the trial ended in another way: Tune counts it as an error then."""
-    if result.status != "finished":
-        raise RuntimeError(result.reason or result.status)
-
-
 def tune_trials(
     driver: Callable[..., None], job: dict[str, Any], space: dict[str, Any], events: TrialEvents,
     tune_config: ray.tune.TuneConfig,
 ) -> None:  # fmt: skip
-    """Runs `driver(assignment, job)` as Tune trials under the folder `job["root"]`.
+    """Runs `driver(assignment, job)` as Tune trials under the folder `job["root"]`; a driver whose node dies begins again.
 
-    Raises KeyboardInterrupt after a clean stop.
+    Raises KeyboardInterrupt after a clean stop, OSError if the storage fails.
     """
     _quieten()
     root = Path(job["root"])
@@ -103,27 +98,33 @@ def tune_trials(
         tune_config=tune_config,
         run_config=ray.tune.RunConfig(
             name="tune", storage_path=str(root), callbacks=[events], verbose=0,
-            failure_config=ray.tune.FailureConfig(max_failures=0),
+            failure_config=ray.tune.FailureConfig(max_failures=DRIVER_FAILURES),
         ),
     )  # fmt: skip
     with interrupt_for_sure(events):
         tuner.fit()
 
 
-def train_on_workers(loop: Callable[[dict], None], job: dict[str, Any], workers: Workers, folder: Path) -> str | None:
-    """Runs `loop(job)` on Train's workers, with checkpoints under `folder` that a later call goes on from.
+def train_on_workers(
+    loop: Callable[[dict], None], job: dict[str, Any], workers: Workers, folder: TrialFolder
+) -> str | None:
+    """Runs `loop(job)` on Train's workers, with checkpoints in the trial's folder that a later call goes on from.
 
-    Returns None, or why it failed for good; the checkpoints are gone then.
+    Returns None, or why it failed for good; the checkpoints are gone then. Raises OSError if the storage fails.
     """
+    place = folder.trial(job["key"])
+    least, most = workers.num_workers, workers.most_workers
     resources = {"CPU": workers.cpus_per_worker} | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
     trainer = TorchTrainer(
         loop,
         train_loop_config=job,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=workers.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=least if least == most else (least, most),  # type: ignore[arg-type]  # v1's classes are declared
+            use_gpu=workers.gpus_per_worker > 0, resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
-            name="train", storage_path=str(folder), callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+            name="train", storage_path=str(place),
+            callbacks=[TuneReportCallback(), FaultNotes(folder, job["key"])],  # type: ignore[list-item]
             failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]  # ray.train's v1 classes are declared
                 max_failures=workers.max_failures, controller_failure_limit=START_TIMEOUT_FAILURES
             ),
@@ -134,36 +135,36 @@ def train_on_workers(loop: Callable[[dict], None], job: dict[str, Any], workers:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
+        raise_storage_error(str(error), folder.root)
         reason = " ".join(str(error).split())[-500:]
-    shutil.rmtree(folder / "train", ignore_errors=True)
+    shutil.rmtree(place / "train", ignore_errors=True)
     return reason
 
 
 @contextmanager
 def interrupt_for_sure(events: TrialEvents) -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, and again at Tune's next step if the first was lost.
+    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt, and again at Tune's next step if the first was lost.
 
     Python drops an exception that is raised inside a callback of compiled code, and Ray's loop runs many of them.
     """
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        events.interrupted = True
+        events.ending = KeyboardInterrupt()
         signal.default_int_handler(signum, frame)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
-        return
-    before = signal.signal(signal.SIGINT, interrupt)
+    gets_signals = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM) if gets_signals}
     try:
         yield
-        events.raise_if_interrupted()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        events.raise_if_ending()  # also where Tune stumbles over what it could not write
 
 
 def _quieten() -> None:
-    """Tune's own messages go to Ray's log files; the terminal is for progress."""
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    """Tune's own messages go to Ray's log files; the terminal is for progress, and for errors in our words."""
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"(ray|optuna)\..*")
     # Ctrl-C reaches us as KeyboardInterrupt: Tune's own handler would return as if the search had ended.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"

@@ -29,6 +29,15 @@ class FinetuneConfig(Value):
     texts: Texts = Texts()
     run: Workers = Workers()
 
+    @field_validator("run")
+    @classmethod
+    def _fixed_size(cls, run: Workers) -> Workers:
+        if run.most_workers > run.num_workers:
+            raise ValueError(
+                f"num_workers must be one number here, not up to {run.most_workers}: workers share a batch evenly"
+            )
+        return run
+
     @field_validator("seeds")
     @classmethod
     def _once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:

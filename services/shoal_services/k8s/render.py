@@ -116,7 +116,7 @@ def _make_cluster(run: Run, name: str, place: Place, labels: dict[str, str]) -> 
 def size_workers(run: Run, memory: str) -> tuple[int, dict[str, str]]:
     """How many worker pods, and what each has: a pod for each Ray Train worker, or for those that share its GPU."""
     per_pod = int(1 // run.gpus_per_worker) if 0 < run.gpus_per_worker < 1 else 1
-    total = run.num_workers * (run.max_concurrent_trials or 1)
+    total = run.most_workers * (run.max_concurrent_trials or 1)
     resources = {"cpu": str(math.ceil(run.cpus_per_worker * per_pod)), "memory": memory}
     if run.gpus_per_worker:
         resources["nvidia.com/gpu"] = str(math.ceil(run.gpus_per_worker))

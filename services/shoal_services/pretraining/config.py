@@ -52,6 +52,7 @@ class PretrainRun(Workers):
     """How a sweep is run. `keep_checkpoints` keeps the model at every check, for `shoal profile`."""
 
     keep_checkpoints: bool = False
+    step_limit_s: float = Field(default=1800, gt=0, description="of training; a worker that takes longer is started again")
 
 
 class PretrainConfig(Value):

@@ -19,7 +19,7 @@ from shoal_services.pretraining.results import FIELDS, SCORES, PretrainFolder, P
 from shoal_services.pretraining.worker import pretrain_worker
 from shoal_services.space import read_assignment
 from shoal_services.tracking import Tracker
-from shoal_services.tuning import Audience, require_finished, run_missing, run_workers
+from shoal_services.tuning import Audience, run_missing, run_workers
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ def _write_corpus(payload: dict[str, Any], prepared: Path) -> None:
 
 
 def run_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
-    """One Tune trial: a cheap driver of a Ray Train job. Raises RuntimeError if no model comes out."""
+    """One Tune trial: a cheap driver of a Ray Train job."""
     sweep, folder = PretrainConfig.model_validate(job["config"]), PretrainFolder(Path(job["root"]))
     assignment = read_assignment(config)
     key = sweep.trial_key(assignment)
     result = run_workers(pretrain_worker, job, sweep.run, folder, key, assignment)
-    require_finished(result)
-    ray.tune.report({"validation_perplexity": result.checks[-1]["validation_perplexity"], "key": key})
+    if result.status == "finished":
+        ray.tune.report({"validation_perplexity": result.checks[-1]["validation_perplexity"], "key": key})
 
 
 def _after_run(config: PretrainConfig, folder: PretrainFolder, result: PretrainResult, audience: PretrainAudience) -> None:

@@ -17,6 +17,7 @@ from shoal.prepare import Listener, ignore
 from shoal.pretrain import PretrainingRun, make_model, save_model
 from shoal.pretrain_corpus import PretrainCorpus
 
+from shoal_services.faults import limit_steps
 from shoal_services.folder import ProgressFile
 from shoal_services.pretraining.config import PretrainConfig
 from shoal_services.pretraining.results import PretrainFolder, PretrainResult, model_folder
@@ -46,15 +47,17 @@ def pretrain_run(job: dict[str, Any]) -> None:
     num_steps = recipe.training.num_steps
     every = max(1, num_steps // REPORTED)
     try:
-        for metrics in run:
-            listen("pretrain", run.step, num_steps)
-            checked = "validation_perplexity" in metrics
-            if not checked and run.step % every:
-                continue
-            state = run.state_dict() | {"seconds": elapsed + time.monotonic() - started_at} if checked else None
-            if checked and is_writer and config.run.keep_checkpoints:
-                _save_once(folder.trial(key) / f"checkpoint-{run.step:06d}", run, tokenizer, recipe)
-            _report(metrics, state, is_writer=is_writer)
+        with limit_steps(config.run.step_limit_s) as live:
+            for metrics in run:
+                live()
+                listen("pretrain", run.step, num_steps)
+                checked = "validation_perplexity" in metrics
+                if not checked and run.step % every:
+                    continue
+                state = run.state_dict() | {"seconds": elapsed + time.monotonic() - started_at} if checked else None
+                if checked and is_writer and config.run.keep_checkpoints:
+                    _save_once(folder.trial(key) / f"checkpoint-{run.step:06d}", run, tokenizer, recipe)
+                _report(metrics, state, is_writer=is_writer)
     except Diverged as error:
         if is_writer:
             folder.write_result(PretrainResult(key=key, assignment=assignment, status="collapsed", reason=str(error)))
