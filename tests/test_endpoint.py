@@ -422,13 +422,13 @@ def test_another_version_is_rolled_out_and_back_without_a_failed_request(endpoin
     after = before.model_copy(update={"variants": before.variants | {"balanced": changed}})
     with ThreadPoolExecutor(1) as pool:
         # Few enough for the small queue, also while the next version's imports take the cores for seconds.
-        statuses = pool.submit(send, endpoint, "balanced", 60, rate_per_s=3.0)
+        statuses = pool.submit(send, endpoint, "balanced", 40, rate_per_s=1.5)
         time.sleep(2)
         assert endpoint.reconcile(after) == [f"balanced is now {folders[0]}"]
         started = time.monotonic()
         assert endpoint.reconcile(before) == [f"balanced is now {folders[1]}"]
         assert time.monotonic() - started < 5, "the version before is still there"
-        assert Counter(statuses.result()) == {200: 60}
+        assert Counter(statuses.result()) == {200: 40}
 
 
 @pytest.mark.slow

@@ -108,6 +108,7 @@ def test_what_is_wrong_is_told_by_name(tmp_path, changes, complaint):
 
 def make_result(weight: float, seed: int, perplexity: float, *, kind: str = "cosine") -> PretrainResult:
     check = {"step": 4, "num_tokens": 2048, "validation_perplexity": perplexity, "validation_standard_error": 1.0, **SCORES}
+    check |= {"mean_removed": 0.2, "mean_mapped": 0.1}
     text = {"name": "prose", "sha256": "0123456789", "num_tokens": 1024}
     one = Regularizer.of(kind, weight)  # type: ignore[arg-type]
     return PretrainResult.model_validate(
