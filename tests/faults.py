@@ -196,6 +196,7 @@ def terminate() -> list[Row]:
         stopped = f"exit code {process.returncode}, run {run}, {left} processes left"
         clean = process.returncode == 130 and run == "KILLED" and not left
         with started(search) as process:
+            wait_until(lambda: read_step(search) == 0, process, search)  # not the step that was left behind
             lost = at - wait_for_step(search, process, 0) + 1
             said, same = compare(finish(search, process))
         assert_whole(search, 1)
