@@ -373,6 +373,45 @@ def lose_node(what: str, *, notice_s: int) -> list[Row]:
     ]
 
 
+def head() -> list[Row]:
+    """The head's GCS dies and comes back 5 s later, its state on disk."""
+    with (
+        lasting_gcs(),
+        two_nodes() as cluster,
+        searching() as search,
+        started(search, "--address", cluster.address) as process,
+    ):
+        wait_for_step(search, process, MIDWAY)
+        before = {worker.pid for worker in find_workers()}
+        cluster.head_node.kill_gcs_server()
+        time.sleep(5)
+        cluster.head_node.start_gcs_server()
+        back = time.monotonic()
+        at = read_step(search)
+        wait_for_step(search, process, at)
+        seconds, kept = time.monotonic() - back, before == {worker.pid for worker in find_workers()}
+        result = finish(search, process)
+    said, same = compare(result)
+    goes_on = f"after {seconds:.1f} s, {'the same' if kept else 'other'} workers, {len(result.faults)} restarts"
+    return [
+        Row("the head's GCS dies: training goes on", goes_on, "≤ 30 s, no restart", seconds <= 30 and not result.faults),
+        Row("the head's GCS dies: the result", said, "the same ± 0.1 %", same),
+    ]
+
+
+@contextmanager
+def lasting_gcs() -> Iterator[None]:
+    """Inside, a cluster that is started keeps its head's state on disk (Ray's RocksDB store), instead of in memory."""
+    with tempfile.TemporaryDirectory(prefix="shoal-gcs-") as folder:
+        settings = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": folder}
+        os.environ.update(settings)
+        try:
+            yield
+        finally:
+            for name in settings:
+                del os.environ[name]
+
+
 def give_notice(cluster: Cluster, one: Node, seconds: int) -> None:
     """What a cloud tells before it takes a node away, as Ray's autoscaler passes it on; returns when the time is up."""
     words = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away", "--node-id", one.node_id]
@@ -440,7 +479,9 @@ def find_halves(root: Path) -> list[str]:
     return broken + [str(place.relative_to(root)) for place in models]
 
 
-SCENARIOS: list[Callable[[], list[Row]]] = [worker, driver, terminate, tracker, storage, memory, hang, node, preemption]
+SCENARIOS: list[Callable[[], list[Row]]] = [
+    worker, driver, terminate, tracker, storage, memory, hang, node, preemption, head,
+]  # fmt: skip
 
 
 def main() -> None:
