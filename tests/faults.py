@@ -18,14 +18,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
-from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError, safe_open
+from scenarios import Row, parse_choice, print_rows
 from searches import LIMIT_S, Search, assert_whole, closed_port, end_tree, wait_until, write_search
 from shoal_services.folder import OUT_OF_MEMORY, TrialResult, read_progress
 from shoal_services.tracking import KEY_TAG
@@ -36,15 +35,6 @@ SPACE = {
 }  # fmt: skip
 CHECK_EVERY = NUM_STEPS // 8
 MIDWAY = 3 * CHECK_EVERY + CHECK_EVERY // 2
-
-
-class Row(NamedTuple):
-    """A line of the table."""
-
-    done: str
-    came: str
-    bound: str
-    held: bool
 
 
 @contextmanager
@@ -147,15 +137,22 @@ def wait_for_others(search: Search, process: subprocess.Popen, before: list[psut
     return wait_for_step(search, process, 0)
 
 
+def strike(
+    search: Search, process: subprocess.Popen, fault: Callable[[psutil.Process], None]
+) -> tuple[int, float, list[psutil.Process]]:
+    """Puts a fault into a worker midway: the steps lost, the seconds until others train, and the workers of before."""
+    at = wait_for_step(search, process, MIDWAY)
+    victims = find_workers()
+    fault(victims[0])
+    struck = time.monotonic()
+    lost = at - wait_for_others(search, process, victims) + 1
+    return lost, time.monotonic() - struck, victims
+
+
 def worker() -> list[Row]:
     """A worker killed with SIGKILL while it trains."""
     with searching() as search, started(search) as process:
-        at = wait_for_step(search, process, MIDWAY)
-        victims = find_workers()
-        victims[0].kill()
-        killed = time.monotonic()
-        lost = at - wait_for_others(search, process, victims) + 1
-        seconds = time.monotonic() - killed
+        lost, seconds, _ = strike(search, process, psutil.Process.kill)
         said, same = compare(finish(search, process))
     return [
         Row("kill -9 of a worker: training goes on", f"after {seconds:.1f} s", "≤ 30 s", seconds <= 30),
@@ -318,12 +315,7 @@ def hang() -> list[Row]:
     """One of two workers stopped by SIGSTOP while it trains; a step may take 15 s."""
     run = {"num_workers": 2, "step_limit_s": 15}
     with searching(run=run) as search, started(search) as process:
-        at = wait_for_step(search, process, MIDWAY)
-        victims = find_workers()
-        victims[0].suspend()
-        stopped = time.monotonic()
-        lost = at - wait_for_others(search, process, victims) + 1
-        seconds = time.monotonic() - stopped
+        lost, seconds, victims = strike(search, process, psutil.Process.suspend)
         said, same = compare(finish(search, process))
         left = sum(victim.is_running() for victim in victims)
     goes_on = f"after {seconds:.1f} s, {left} workers left behind"
@@ -486,24 +478,9 @@ SCENARIOS: list[Callable[[], list[Row]]] = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [scenario.__name__ for scenario in SCENARIOS]
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"of {', '.join(names)}; by default all")
-    given = parser.parse_args()
-    if unknown := sorted(set(given.scenarios) - set(names)):
-        parser.error(f"unknown scenarios {unknown}; there are {names}")
-    table = Table(title=f"faults in searches on {os.cpu_count()} cores")
-    for column in ("what was done", "what was lost", "bound", "held"):
-        table.add_column(column)
-    broken = False
-    for scenario in SCENARIOS:
-        if given.scenarios and scenario.__name__ not in given.scenarios:
-            continue
-        for what, came, bound, held in scenario():
-            table.add_row(what, came, bound, "yes" if held else "NO")
-            print(f"{what}: {came} (bound: {bound}){'' if held else ' BROKEN'}", file=sys.stderr, flush=True)
-            broken |= not held
-    Console(width=150).print(table)
-    sys.exit(broken)
+    _, chosen = parse_choice(parser, SCENARIOS)
+    rows = (row for scenario in chosen for row in scenario())
+    print_rows(f"faults in searches on {os.cpu_count()} cores", "what was lost", rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import asyncio
 import os
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -20,13 +19,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import aiohttp
 import mlflow
 import psutil
-from rich.console import Console
-from rich.table import Table
+from scenarios import Row, parse_choice, print_rows
 from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Recipe
 from shoal.store import save
@@ -41,15 +38,6 @@ NUM_NEW = 32
 TIGHT = Limits(max_batch_size=4, max_queued=0, max_context=256, max_tokens=64)
 ROOMY = Limits(max_batch_size=8, max_queued=64, max_context=256, max_tokens=64)
 PROMPTS = ["The sea was calm when", "A ship that", "In the north of the country", "Nobody knew"]
-
-
-class Row(NamedTuple):
-    """A line of the table."""
-
-    done: str
-    came: str
-    bound: str
-    held: bool
 
 
 @contextmanager
@@ -248,26 +236,11 @@ SCENARIOS: list[Callable[[str], list[Row]]] = [overload, slow, kill, roll, drain
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [scenario.__name__ for scenario in SCENARIOS]
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"of {', '.join(names)}; by default all")
     parser.add_argument("--model", default="tiny-random", help="what is served (default: %(default)s)")
-    given = parser.parse_args()
-    if unknown := sorted(set(given.scenarios) - set(names)):
-        parser.error(f"unknown scenarios {unknown}; there are {names}")
+    given, chosen = parse_choice(parser, SCENARIOS)
     connect(None)
-    table = Table(title=f"serving {given.model} on {os.cpu_count()} cores")
-    for column in ("what was done", "what came of it", "bound", "held"):
-        table.add_column(column)
-    broken = False
-    for scenario in SCENARIOS:
-        if given.scenarios and scenario.__name__ not in given.scenarios:
-            continue
-        for what, came, bound, held in scenario(given.model):
-            table.add_row(what, came, bound, "yes" if held else "NO")
-            print(f"{what}: {came} (bound: {bound}){'' if held else ' BROKEN'}", file=sys.stderr, flush=True)
-            broken |= not held
-    Console(width=150).print(table)
-    sys.exit(broken)
+    rows = (row for scenario in chosen for row in scenario(given.model))
+    print_rows(f"serving {given.model} on {os.cpu_count()} cores", "what came of it", rows)
 
 
 if __name__ == "__main__":
