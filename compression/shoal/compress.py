@@ -18,6 +18,7 @@ from shoal.distill import DistillationRun, Lesson
 from shoal.evaluate import evaluate, measure_size, measure_speeds
 from shoal.fit import fit_independent
 from shoal.models import hash_weights, is_memory_short, load_model, load_tokenizer
+from shoal.moments import Moments
 from shoal.on_disk import is_on_disk
 from shoal.prepare import Listener, Preparation, ignore, prepare
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Texts
@@ -25,6 +26,7 @@ from shoal.replace import Replacement, apply_replacement
 from shoal.sparsify import sparsify
 from shoal.store import save, save_point
 from shoal.svd import factor_weights
+from shoal.text import TokenWindows
 from shoal.walk import fit_in_order
 
 
@@ -68,7 +70,7 @@ def compress(
         preparation = prepare(model, corpus, listen=listen)
     with watch.time("fit"):
         recipe = choose(recipe, model, corpus, preparation)
-        replacement = fit(recipe, model, corpus, preparation, listen=listen)
+        replacement = fit(recipe, model, corpus.calibration, preparation.moments, listen=listen)
         student = copy_model(model)
         apply_replacement(student, replacement)
     if recipe.weight_changes:
@@ -144,17 +146,18 @@ def choose(recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: 
 
 
 def fit(
-    recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation, *, listen: Listener = ignore
+    recipe: Recipe, model: PreTrainedModel, windows: TokenWindows, moments: Moments, *, listen: Listener = ignore
 ) -> Replacement:
-    """The recipe's replacement in closed form."""
+    """The recipe's replacement in closed form, on calibration windows and their moments."""
     assert recipe.blocks is not None
+    if recipe.kind == "dropped" and (recipe.fit == "independent" or not recipe.refit_down_proj):
+        return Replacement(recipe.blocks)
     if recipe.fit == "independent":
-        replacement = fit_independent(preparation.moments, recipe.blocks, ridge=recipe.ridge, rank=recipe.rank)
-        return Replacement(recipe.blocks) if recipe.kind == "dropped" else replacement
+        return fit_independent(moments, recipe.blocks, ridge=recipe.ridge, rank=recipe.rank)
     return fit_in_order(
-        model, recipe.blocks, corpus.calibration, kind=recipe.kind, rank=recipe.rank, ridge=recipe.ridge,
+        model, recipe.blocks, windows, kind=recipe.kind, rank=recipe.rank, ridge=recipe.ridge,
         refit_down_proj=recipe.refit_down_proj,
-        on_progress=lambda done: listen("fit", done, preparation.moments.num_blocks),
+        on_progress=lambda done: listen("fit", done, moments.num_blocks),
     )  # fmt: skip
 
 

@@ -20,18 +20,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.blocks import is_causal
 from shoal.choose import choose_blocks
+from shoal.compress import fit, name_inputs
 from shoal.corpus import load_corpus
-from shoal.evaluate import Collapsed, mean_and_error
+from shoal.evaluate import Collapsed, mean_and_error, require_two_windows
 from shoal.files import write_text
-from shoal.fit import fit_independent
-from shoal.models import hash_weights, load_model, load_tokenizer
+from shoal.models import load_model, load_tokenizer
 from shoal.moments import measure_moments
 from shoal.prepare import Listener, ignore
 from shoal.recipe import Recipe, Text, Texts, Value
-from shoal.replace import Replacement, apply_replacement
+from shoal.replace import apply_replacement
 from shoal.store import hash_folder, save
 from shoal.text import TokenWindows
-from shoal.walk import fit_in_order
 
 MASKED_SHARE = 0.15  # BERT's
 BATCH_SIZE = 8
@@ -82,28 +81,16 @@ def compress_encoder(
     listen("load", 1, 1)
     windows = corpus.calibration
     moments = measure_moments(model, windows, on_progress=lambda done: listen("moments", done, len(windows)))
-    recipe = recipe.model_copy(
-        update={
-            "blocks": choose_blocks(recipe, moments), "weights_sha256": hash_weights(model), "refit_down_proj": False,
-            "calibration": (windows.describe(),), "dtype": str(model.dtype).removeprefix("torch."),
-        }
-    )  # fmt: skip
-    assert recipe.blocks is not None
-    if recipe.kind == "dropped":
-        replacement = Replacement(recipe.blocks)
-    elif recipe.fit == "independent":
-        replacement = fit_independent(moments, recipe.blocks, ridge=recipe.ridge, rank=recipe.rank)
-    else:
-        replacement = fit_in_order(
-            model, recipe.blocks, windows, kind=recipe.kind, rank=recipe.rank, ridge=recipe.ridge, refit_down_proj=False,
-            on_progress=lambda done: listen("fit", done, moments.num_blocks),
-        )  # fmt: skip
+    recipe = name_inputs(recipe, model, corpus).model_copy(
+        update={"blocks": choose_blocks(recipe, moments), "refit_down_proj": False}
+    )
+    replacement = fit(recipe, model, windows, moments, listen=listen)
     changed = copy.deepcopy(model)
     apply_replacement(changed, replacement)
     costs = tuple(measure_cost(model, changed, tokenizer, text, listen=listen) for text in corpus.evaluation)
     save(changed, tokenizer, folder, recipe=recipe)
     point = EncoderPoint(
-        recipe=recipe, costs=costs, num_parameters=_count(changed), dense_num_parameters=_count(model),
+        recipe=recipe, costs=costs, num_parameters=changed.num_parameters(), dense_num_parameters=model.num_parameters(),
         artefact=str(folder), artefact_sha256=hash_folder(folder),
     )  # fmt: skip
     write_text(folder / "costs.json", point.model_dump_json(indent=2))
@@ -133,8 +120,7 @@ def measure_cost(
     listen: Listener = ignore,
 ) -> Cost:
     """What the change costs on a text. Raises ValueError for fewer than two windows, `Collapsed` if it is not finite."""
-    if len(windows) < 2:
-        raise ValueError(f"evaluation text {windows.name!r} fills {len(windows)} window; a standard error needs 2 or more")
+    require_two_windows(windows)
     measure, score = _choose_measure(dense, tokenizer)
     values = []
     for index, model in enumerate((dense, changed)):
@@ -204,7 +190,3 @@ def _mean_loss(logits: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
     """The mean loss in nats of each window's tokens [batch] that count."""
     loss = cross_entropy(logits.float().transpose(1, 2), ids, reduction="none").double()
     return (loss * counted).sum(1) / counted.sum(1)
-
-
-def _count(model: PreTrainedModel) -> int:
-    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())

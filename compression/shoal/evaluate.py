@@ -69,8 +69,7 @@ def evaluate(
     Standard errors are over windows: tokens of one window are not independent. Raises ValueError for fewer than two
     windows, `Collapsed` if the loss is not finite.
     """
-    if len(windows) < 2:
-        raise ValueError(f"evaluation text {windows.name!r} fills {len(windows)} window; a standard error needs 2 or more")
+    require_two_windows(windows)
     scores = score_windows(model, windows, dense, on_progress=on_progress)
     dense_nll = dense.nll.double().mean(1)
     if not math.isfinite(float(scores.nll.mean())) or float(scores.nll.mean()) > 700:
@@ -89,6 +88,12 @@ def evaluate(
         kl_standard_error=kl_se,
         top1_agreement=float(scores.agreement.mean()),
     )
+
+
+def require_two_windows(windows: TokenWindows) -> None:
+    """Raises ValueError for fewer windows than a standard error needs."""
+    if len(windows) < 2:
+        raise ValueError(f"evaluation text {windows.name!r} fills {len(windows)} window; a standard error needs 2 or more")
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

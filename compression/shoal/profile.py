@@ -137,7 +137,7 @@ def evaluate_beside(
             f"{name!r} has a vocabulary of {model.config.vocab_size} tokens and {base!r} one of "
             f"{teacher.config.vocab_size}: they cannot be compared token by token"
         )
-    trained_on = [name for text in (recipe.calibration if recipe else ()) for name in text.name.split(" + ")]
+    trained_on = recipe.training_texts if recipe else []
     evaluation = load_evaluation(texts, load_tokenizer(base, revision=revision), trained_on)
     listen("load", 1, 1)
     results = []

@@ -189,6 +189,11 @@ class Recipe(Value):
         return (*factored, f"{self.sparsity if isinstance(self.sparsity, str) else f'{100 * self.sparsity:g} %'} sparse")
 
     @property
+    def training_texts(self) -> list[str]:
+        """Names of the texts that the model was calibrated on."""
+        return [name for text in self.calibration for name in text.name.split(" + ")]
+
+    @property
     def short_name(self) -> str:
         """The same as part of a name: "folded-4-sparse2of4"."""
         parts = [f"{self.kind}-{self.num_replaced}"] if self.num_replaced or not self.weight_changes else []

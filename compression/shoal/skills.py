@@ -99,7 +99,7 @@ def evaluate_skills(
     used.
     """
     recipe = recipe_of(name)
-    trained_on = [name for text in (recipe.calibration if recipe else ()) for name in text.name.split(" + ")]
+    trained_on = recipe.training_texts if recipe else []
     documents = load_unseen(source, trained_on)
     results = []
     for model, tokenizer in load_beside(name, dense, dtype=dtype):

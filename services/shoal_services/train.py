@@ -120,7 +120,7 @@ class Trial:
         file = self.folder.fits / f"{_fit_key(recipe)}.safetensors"
         if self.is_writer and not file.exists():
             chosen = choose(recipe, model, corpus, preparation)
-            fit(chosen, model, corpus, preparation, listen=self.listen).save(file)
+            fit(chosen, model, corpus.calibration, preparation.moments, listen=self.listen).save(file)
         if dist.is_initialized():
             dist.barrier()
         replacement = Replacement.load(file)
