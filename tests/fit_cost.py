@@ -54,7 +54,8 @@ def measure(sizes: tuple[int, int, int, int]) -> dict[str, float]:
         forward = cpu_seconds(lambda: model(input_ids=ids, use_cache=False))
         top = model(input_ids=ids).logits.log_softmax(-1).topk(64)
     teacher = TopTokens(top.indices, top.values)
-    student = select_trained(model, Distillation(trained="lora", lora_rank=8)).train()
+    student = model.train()
+    select_trained(student, Distillation(trained="lora", lora_rank=8))
     held: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
 

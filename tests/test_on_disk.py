@@ -9,11 +9,11 @@ import torch
 from conftest import FAMILIES, make_ids, make_model, write_prose
 from safetensors.torch import load_file
 from shoal.blocks import find_blocks
-from shoal.compress import compress, copy_model
+from shoal.compress import compress
 from shoal.evaluate import evaluate, measure_size
 from shoal.models import hash_weights, is_memory_short, load_model
 from shoal.moments import measure_moments
-from shoal.on_disk import hold, is_on_disk
+from shoal.on_disk import copy_model, hold, is_on_disk
 from shoal.recipe import Recipe, Texts
 from shoal.replace import apply_replacement
 from shoal.teacher import measure_targets

@@ -193,9 +193,18 @@ def find_projections(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     blocks = find_blocks(model)
     path = next(path for path, module in model.named_modules() if module is blocks)
     return {
-        f"{path}.{name}": module
-        for name, module in blocks.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and ".linear_" not in name
+        f"{path}.{index}.{name}": projection
+        for index, block in enumerate(blocks)
+        for name, projection in list_projections(block).items()
+    }
+
+
+def list_projections(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """A block's projections by their names in it."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not name.startswith("linear_")
     }
 
 

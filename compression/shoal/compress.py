@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from shoal.evaluate import evaluate, measure_size, measure_speeds
 from shoal.fit import fit_independent
 from shoal.models import hash_weights, is_memory_short, load_model, load_tokenizer
 from shoal.moments import Moments
-from shoal.on_disk import is_on_disk
+from shoal.on_disk import copy_model
 from shoal.prepare import Listener, Preparation, ignore, prepare
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Texts
 from shoal.replace import Replacement, apply_replacement
@@ -111,11 +110,6 @@ def choose_streamed(recipe: Recipe, wanted: bool | None) -> bool:
     if wanted is not None or recipe.distillation is not None or is_thinned:
         return bool(wanted)
     return is_memory_short(recipe.base_model, revision=recipe.revision, dtype=recipe.dtype, num_copies=2)
-
-
-def copy_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A student to change; where the blocks are on disk, it shares the parameters in memory with its teacher."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()} if is_on_disk(model) else {})
 
 
 def distillation_needs(recipe: Recipe) -> dict[str, int]:

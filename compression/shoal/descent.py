@@ -1,7 +1,7 @@
 """Gradient descent over token windows, whatever the loss: the steps that distillation and pretraining share.
 
 Where a process group exists (`torch.distributed`), each rank takes its share of every step's windows and gradients
-are summed: the world size changes the speed and not the result.
+are summed: the world size changes the speed and not the result. The weights may be shared out too (`shoal.shard`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shoal.evaluate import Collapsed
 from shoal.recipe import Steps
+from shoal.shard import gather, is_sharded, local, share_like, whole
 
 
 class Diverged(Collapsed):
@@ -26,6 +27,7 @@ class Descent:
 
     def __init__(self, trained: Sequence[nn.Parameter], settings: Steps, *, num_windows: int, seed: int):
         self.trained, self.settings = list(trained), settings
+        self.is_sharded = is_sharded(self.trained[0])
         self.num_windows, self.seed = num_windows, seed
         self.step = 0
         self.optimizer = torch.optim.AdamW(
@@ -43,10 +45,10 @@ class Descent:
         Returns the losses, means over the step's windows, and {step, num_tokens, learning_rate, gradient_norm}.
         Raises `Diverged` on a loss that is not finite.
         """
-        settings, rows = self.settings, self.rows_of_step(self.step)
+        settings = self.settings
         total = torch.zeros(num_losses, dtype=torch.float64, device=self.trained[0].device)
-        for chunk in rows.split(settings.windows_per_pass) if len(rows) else ():  # more ranks than windows
-            losses = find_losses(chunk) * (len(chunk) / settings.windows_per_step)
+        for rows, share in self._passes():
+            losses = find_losses(rows) * share
             losses.sum().backward()
             total += losses.detach()
         self._sum_over_ranks(total)
@@ -65,8 +67,21 @@ class Descent:
             "step": self.step,
             "num_tokens": self.step * settings.windows_per_step * settings.window,
             "learning_rate": learning_rate,
-            "gradient_norm": float(norm),
+            "gradient_norm": float(whole(norm)),
         }
+
+    def _passes(self) -> list[tuple[Tensor, float]]:
+        """This rank's windows of the step, some at a time, and their share of the step's.
+
+        Ranks that share weights need each other in every pass: one with fewer windows runs a window that counts nothing.
+        """
+        per_step, per_pass = self.settings.windows_per_step, self.settings.windows_per_pass
+        rows = self.rows_of_step(self.step)
+        passes = [(chunk, len(chunk) / per_step) for chunk in rows.split(per_pass) if len(rows)]
+        if self.is_sharded:
+            most = math.ceil(math.ceil(per_step / dist.get_world_size()) / per_pass)
+            passes += [(torch.zeros(1, dtype=torch.long), 0.0)] * (most - len(passes))
+        return passes
 
     def rows_of_step(self, step: int) -> Tensor:
         """This rank's windows of a step: every epoch is a new order of all windows, the same on each rank."""
@@ -79,35 +94,55 @@ class Descent:
         return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
 
     def state_dict(self) -> dict:
-        """Everything that a later run needs to go on from here."""
+        """Everything that a later run needs to go on from here; where weights are shared out, rank 0 alone has it.
+
+        Every rank calls this.
+        """
+        optimizer = self.optimizer.state_dict()
+        moments = {
+            index: {name: gather(value) for name, value in kept.items()} for index, kept in optimizer["state"].items()
+        }
         return {
             "step": self.step,
-            "weights": self.copy_weights(),
-            "optimizer": self.optimizer.state_dict(),
+            "weights": self.gather_weights(),
+            "optimizer": optimizer | {"state": moments},
             "schedule": self.schedule.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from `state_dict()` of a run with the same settings."""
+        """Goes on from `state_dict()` of a run with the same settings, whatever its number of ranks was."""
         self.step = state["step"]
-        self.set_weights(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.share_weights(state["weights"])
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = {
+            index: {name: share_like(parameters[index], value) for name, value in kept.items()}
+            for index, kept in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.schedule.load_state_dict(state["schedule"])
 
+    def gather_weights(self) -> list[Tensor]:
+        """The trained weights as they are now, whole; where they are shared out, rank 0 alone has them."""
+        return [gather(p) for p in self.trained]
+
+    def share_weights(self, weights: Sequence[Tensor]) -> None:
+        """Puts back what `gather_weights` gave."""
+        self.set_weights([local(share_like(p, weight)) for p, weight in zip(self.trained, weights, strict=True)])
+
     def copy_weights(self) -> list[Tensor]:
-        """The trained weights as they are now, in the computer's memory."""
-        return [p.detach().to("cpu", copy=True) for p in self.trained]
+        """The trained weights as they are now, or this rank's share of them, in the computer's memory."""
+        return [local(p.detach()).to("cpu", copy=True) for p in self.trained]
 
     @torch.no_grad()
     def set_weights(self, weights: Sequence[Tensor]) -> None:
         """Puts back what `copy_weights` gave."""
         for parameter, weight in zip(self.trained, weights, strict=True):
-            parameter.copy_(weight)
+            local(parameter).copy_(weight)
 
     def _sum_over_ranks(self, total: Tensor) -> None:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(total)
-            for parameter in self.trained:
+            for parameter in () if self.is_sharded else self.trained:  # summed already
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)

@@ -4,11 +4,13 @@
     for metrics in run: ...        # one dict per optimiser step
     student = run.finish()         # LoRA merged, best weights
 
-Its steps are `shoal.descent`'s: several ranks learn what one does.
+Its steps are `shoal.descent`'s: several ranks learn what one does. Models whose blocks are on disk are spread over the
+ranks (`shoal.shard`), none of which has to hold a whole one.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -22,7 +24,9 @@ from shoal.blocks import find_blocks, text_config, watch_boundaries
 from shoal.descent import Descent, Diverged
 from shoal.evaluate import score_windows
 from shoal.losses import TopTokens, find_divergence, find_normalizer, mix_losses, pick_log_probs
+from shoal.on_disk import copy_model, is_on_disk
 from shoal.recipe import Distillation
+from shoal.shard import collect, spread
 from shoal.teacher import TeacherTargets, measure_targets
 from shoal.text import TokenWindows
 from shoal.trainable import autocast, checkpoint_gradients, merge_trained, select_trained
@@ -49,7 +53,7 @@ class DistillationRun:
     Eight times at most, and after the last step, it also yields `held_out_kl` and `held_out_perplexity`; the
     weights with the lowest `held_out_kl` are the ones that `finish` leaves. With `keep_zeros`, what is zero in the
     projections of the blocks stays zero, in training as in what `finish` leaves. Raises `Diverged` on a loss that is not
-    finite, ValueError if there is nothing to train.
+    finite, ValueError if there is nothing to train, or no process group for models that are on disk.
     """
 
     def __init__(
@@ -63,20 +67,23 @@ class DistillationRun:
         keep_zeros: bool = False,
         seed: int = 0,
     ):
-        self.settings, self.lesson, self.teacher, self.seed = settings, lesson, teacher, seed
-        needs_live_logits = settings.loss.logit_kl and not self._has_targets()
-        if teacher is None and (needs_live_logits or settings.loss.needs_hidden_states):
+        self.settings, self.lesson, self.seed = settings, lesson, seed
+        needs_teacher = self._needs_logits() or settings.loss.needs_hidden_states
+        self.teacher = spread(copy_model(teacher)) if needs_teacher and teacher and is_on_disk(teacher) else teacher
+        if teacher is None and needs_teacher:
             raise ValueError("these loss weights and this temperature need the dense model while training; give teacher")
         depth = len(find_blocks(student)) + len(replaced)
         self.kept = [block for block in range(depth) if block not in replaced]
         all_changed = keep_zeros or bool(getattr(text_config(student), "factored_projections", None))
         self.first_changed = 0 if all_changed else min(replaced, default=0)
         self.dtype = student.dtype
+        self.on_disk = student if is_on_disk(student) else None
+        self.student = copy.deepcopy(student) if self.on_disk else student
         with torch.random.fork_rng([student.device] if student.device.type == "cuda" else []):
             torch.manual_seed(seed)  # LoRA begins at random
-            self.student = select_trained(student, settings, keep_zeros=keep_zeros)
+            select_trained(self.student, settings, keep_zeros=keep_zeros)
         if settings.gradient_checkpointing:
-            checkpoint_gradients(student)
+            checkpoint_gradients(self.student)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         self.descent = Descent(self.trained, settings, num_windows=len(lesson.windows), seed=seed)
         self.best_kl, self.checks_since_best = math.inf, 0
@@ -101,25 +108,36 @@ class DistillationRun:
                 return
 
     def finish(self) -> PreTrainedModel:
-        """The student with its best checked weights, LoRA merged, in evaluation mode and its first dtype."""
+        """The student with its best checked weights, LoRA merged, in evaluation mode and its first dtype.
+
+        A student that came with its blocks on disk has them there again: on rank 0, the others' is as it came.
+        """
         if self.lesson.held_out is not None:
             self.descent.set_weights(self.best_weights)
-        merged = merge_trained(self.student)
-        merged.gradient_checkpointing_disable()
-        for parameter in merged.parameters():
+        if self.on_disk:
+            collect(self.student, self.on_disk, merge_trained)
+            return self.on_disk
+        merge_trained(self.student)
+        self.student.gradient_checkpointing_disable()
+        for parameter in self.student.parameters():
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(self.dtype)
-        return merged.eval()
+        return self.student.eval()
 
     def state_dict(self) -> dict:
-        """Everything that a later run needs to go on from here."""
-        best = {"best_weights": self.best_weights, "best_kl": self.best_kl, "checks_since_best": self.checks_since_best}
-        return self.descent.state_dict() | best
+        """Everything that a later run needs to go on from here; of a spread student on rank 0. Every rank calls this."""
+        state, now = self.descent.state_dict(), self.descent.copy_weights()
+        self.descent.set_weights(self.best_weights)
+        best_weights = self.descent.gather_weights()
+        self.descent.set_weights(now)
+        best = {"best_weights": best_weights, "best_kl": self.best_kl, "checks_since_best": self.checks_since_best}
+        return state | best
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from `state_dict()` of a run with the same settings."""
+        """Goes on from `state_dict()` of a run with the same settings, whatever its number of ranks was."""
         self.best_kl, self.checks_since_best = state["best_kl"], state["checks_since_best"]
-        self.best_weights = state["best_weights"]
+        self.descent.share_weights(state["best_weights"])
+        self.best_weights = self.descent.copy_weights()
         self.descent.load_state_dict(state)
 
     def _take_step(self) -> dict[str, float]:
@@ -164,7 +182,7 @@ class DistillationRun:
     @torch.no_grad()
     def _ask_teacher(self, ids: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """The teacher's boundaries and logits for a batch, as far as the losses need them."""
-        needs_logits = bool(self.settings.loss.logit_kl) and not self._has_targets()
+        needs_logits = self._needs_logits()
         if self.teacher is None or not (needs_logits or self.settings.loss.needs_hidden_states):
             return [], None
         streams: list[Tensor] = []
@@ -174,9 +192,11 @@ class DistillationRun:
             self.teacher.base_model(input_ids=ids, use_cache=False)
         return streams, None
 
-    def _has_targets(self) -> bool:
+    def _needs_logits(self) -> bool:
+        """Whether the teacher has to run for its logits: the loss has them, and nobody measured them before."""
         targets = self.lesson.targets
-        return targets is not None and self.settings.temperature in targets.log_normalizers
+        measured = targets is not None and self.settings.temperature in targets.log_normalizers
+        return bool(self.settings.loss.logit_kl) and not measured
 
     def _boundary(self, position: int) -> int:
         """The teacher's boundary that the student's stream after `position` kept blocks stands for."""

@@ -98,7 +98,8 @@ class FinetuningRun:
         self.tokenizer, self.dtype, self.folder = tokenizer, model.dtype, folder
         train, held_out = examples
         torch.manual_seed(seed)  # the head and LoRA begin at random
-        self.tuned = select_trained(model, Distillation(trained=settings.trained, lora_rank=settings.lora_rank))
+        self.tuned = model
+        select_trained(model, Distillation(trained=settings.trained, lora_rank=settings.lora_rank))
         self.classes = train.classes if isinstance(train, Labelled) else ["reward"]
         self.scored = ScoredDecoder(model, len(self.classes))
         self.trainer = Trainer(
@@ -128,7 +129,7 @@ class FinetuningRun:
 
     def finish(self) -> PreTrainedModel:
         """The fine-tuned model, LoRA merged, in the dtype that it came in."""
-        self.tuned = merge_trained(self.tuned)
+        merge_trained(self.tuned)
         return self.tuned.to(self.dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
 
     def save(self, folder: Path) -> None:

@@ -7,6 +7,7 @@ A whole forward pass works as with any model, and reads all blocks; `hold` keeps
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import logging
 import shutil
@@ -38,8 +39,17 @@ class WeightsOnDisk:
         # What is put into the map covers what is on disk.
         self.weights_map: ChainMap[str, Tensor] = ChainMap({}, on_disk)  # type: ignore[arg-type]
         block._hf_hook = self  # type: ignore[assignment]
-        block.register_forward_pre_hook(lambda block, _args: block._hf_hook.__enter__() and None)
-        block.register_forward_hook(lambda block, _args, _output: block._hf_hook.__exit__())
+        self.hooks = (
+            block.register_forward_pre_hook(lambda block, _args: block._hf_hook.__enter__() and None),
+            block.register_forward_hook(lambda block, _args, _output: block._hf_hook.__exit__()),
+        )
+
+    def __deepcopy__(self, memo: dict) -> WeightsOnDisk:
+        """For a copy of the block: what is on disk is shared."""
+        copied = memo[id(self)] = copy.copy(self)
+        copied.block, copied.hooks = copy.deepcopy(self.block, memo), copy.deepcopy(self.hooks, memo)
+        copied.weights_map = ChainMap(dict(self.weights_map.maps[0]), *self.weights_map.maps[1:])
+        return copied
 
     def __enter__(self) -> WeightsOnDisk:
         self.num_users += 1
@@ -99,9 +109,36 @@ def is_on_disk(model: PreTrainedModel) -> bool:
     return weights_on_disk(find_blocks(model)[0]) is not None
 
 
+def copy_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A student to change; where the blocks are on disk, it shares the parameters in memory with its teacher."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()} if is_on_disk(model) else {})
+
+
 def hold(block: nn.Module) -> AbstractContextManager:
     """Inside, the block's weights are in memory."""
     return weights_on_disk(block) or nullcontext()
+
+
+def take_off_disk(module: nn.Module) -> None:
+    """The weights of a block come into memory for good; those of other modules are there already."""
+    on_disk = weights_on_disk(module)
+    if on_disk is not None:
+        on_disk.__enter__()
+        for hook in on_disk.hooks:
+            hook.remove()
+        del module._hf_hook
+
+
+def put_weight(module: nn.Module, name: str, value: Tensor) -> None:
+    """Gives a parameter of a block, or of a model, a new value: on disk, or in a new tensor of this module's alone."""
+    on_disk, parameter = weights_on_disk(module), module.get_parameter(name)
+    value = value.to(parameter.dtype)
+    if on_disk is not None and name in on_disk.names:
+        on_disk.weights_map[name] = keep_off_memory(value)
+    else:
+        owner, _, own_name = name.rpartition(".")
+        own = nn.Parameter(value.to(parameter.device, copy=True), requires_grad=False)
+        module.get_submodule(owner).register_parameter(own_name, own)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:

@@ -10,56 +10,76 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from shoal.blocks import find_projections, find_zeros
+from shoal.blocks import find_blocks, list_projections
+from shoal.modeling_shoal import LinearBlock
+from shoal.on_disk import is_on_disk
 from shoal.recipe import Distillation
-from shoal.replace import linear_blocks
+from shoal.shard import Shards
+
+NOTHING_TO_TRAIN = "there is nothing to train: trained='maps' needs kind='linear' or 'low_rank'; use trained='lora'"
 
 
-def select_trained(student: PreTrainedModel, settings: Distillation, *, keep_zeros: bool = False) -> PreTrainedModel:
-    """The student with gradients, in float32, for what is trained alone; wrapped by peft where that is LoRA.
+def select_trained(student: PreTrainedModel, settings: Distillation, *, keep_zeros: bool = False) -> None:
+    """Gives the student, in place, gradients for what is trained alone, and float32 for that; LoRA goes into its blocks.
 
-    With `keep_zeros`, weights that are zero in the projections of the blocks take no part. Raises ValueError if nothing is
-    left to train.
+    A student whose blocks are on disk is spread over the ranks (see `shoal.shard`). With `keep_zeros`, weights that are
+    zero in the projections of the blocks take no part. Raises ValueError if nothing is left to train.
     """
-    maps = linear_blocks(student)
+    shards = Shards(student.device) if is_on_disk(student) else None
     student.requires_grad_(settings.trained == "all")
-    if keep_zeros and settings.trained != "maps":
-        _mask_weights(student, settings.lora_rank if settings.trained == "lora" else None)
-    elif settings.trained == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(
-            r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=list(find_projections(student)), bias="none"
-        )
-        student = get_peft_model(student, config)  # type: ignore[assignment]
-    for linear in maps:
-        linear.requires_grad_(True)
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if not trained:
-        raise ValueError("there is nothing to train: trained='maps' needs kind='linear' or 'low_rank'; use trained='lora'")
-    for parameter in trained:
-        parameter.data = parameter.data.float()
-    return student
+    for block in find_blocks(student):
+        with shards.of(block) if shards else nullcontext():
+            if settings.trained != "maps":
+                _change_projections(block, settings, keep_zeros)
+            for module in block.modules():
+                if isinstance(module, LinearBlock):
+                    module.requires_grad_(True)
+            _keep_in_float(block)
+    with shards.of(student) if shards else nullcontext():
+        _keep_in_float(student)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(NOTHING_TO_TRAIN)
 
 
-def merge_trained(student: PreTrainedModel) -> PreTrainedModel:
-    """The student as a plain model again: LoRA merged, masks applied."""
-    merge = getattr(student, "merge_and_unload", None)
-    merged: PreTrainedModel = merge() if merge else student
-    for module in list(merged.modules()):
-        if parametrize.is_parametrized(module, "weight"):
+def _change_projections(block: nn.Module, settings: Distillation, keep_zeros: bool) -> None:
+    """Adapters beside a block's projections, or inside their masks; masks alone where everything is trained."""
+    projections, rank = list_projections(block), settings.lora_rank if settings.trained == "lora" else None
+    if keep_zeros:
+        for projection in projections.values():
+            zero = projection.weight.data == 0
+            masked = MaskedWeight(zero) if rank is None else MaskedLora(zero, rank)
+            parametrize.register_parametrization(projection, "weight", masked, unsafe=True)
+    elif rank is not None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(projections), bias="none")
+        inject_adapter_in_model(config, block)
+
+
+def _keep_in_float(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+def merge_trained(student: nn.Module) -> list[str]:
+    """Makes plain modules of the student's, or a block's, in place: LoRA merged, masks applied.
+
+    Returns the names of the weights that are others now.
+    """
+    merged = []
+    for name, module in list(student.named_modules()):
+        if hasattr(module, "get_base_layer"):  # one of peft's
+            module.merge()
+            student.set_submodule(name, module.get_base_layer())
+            merged.append(f"{name}.weight")
+        elif parametrize.is_parametrized(module, "weight"):
             with torch.no_grad():
-                weight = torch.clone(module.weight)  # type: ignore[arg-type]
+                weight = torch.clone(module.weight)
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
                 module.weight.data = weight
+            merged.append(f"{name}.weight")
     return merged
-
-
-def _mask_weights(student: PreTrainedModel, lora_rank: int | None) -> None:
-    zeros = find_zeros(student)
-    for name, projection in find_projections(student).items():
-        masked = MaskedWeight(zeros[name]) if lora_rank is None else MaskedLora(zeros[name], lora_rank)
-        parametrize.register_parametrization(projection, "weight", masked, unsafe=True)
 
 
 class MaskedWeight(nn.Module):
