@@ -5,43 +5,78 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_prose
 from shoal.blocks import find_blocks
 from shoal.corpus import Corpus
 from shoal.models import load_model
 from shoal.moments import Moments
-from shoal_services.calibrate import _list_pieces, _measure_piece, _merge_shards, _write_corpus
+from shoal.teacher import TeacherTargets, measure_targets
+from shoal_services.calibrate import join, list_wholes, measure_piece, split, windows_of, write_corpus
 from shoal_services.config import SearchConfig, load_config
 from shoal_services.folder import RunFolder
 
 NUM_WORKERS = 4
 
 
-def measure_shards(config: SearchConfig, folder: RunFolder) -> int:
-    """Calibrates in four shards as four workers do; returns the bytes that they hand over."""
+def measure_shards(config: SearchConfig, folder: RunFolder, whole: str = "moments") -> int:
+    """Measures in four pieces as four workers do; returns the bytes that they hand over."""
     folder.claim_search(config)
     payload = config.model_dump(mode="json")
-    _write_corpus(payload, folder.root)
-    pieces = _list_pieces(Corpus.load(folder.prepared / "corpus.safetensors"), NUM_WORKERS)
-    shards = {name: span for name, span in pieces.items() if name.startswith("shard.")}
-    assert len(shards) == NUM_WORKERS
-    for name, span in shards.items():
-        assert _measure_piece(payload, folder.root, name, span) is None, "nothing goes through the object store"
-    moved = sum((folder.prepared / f"{name}.safetensors").stat().st_size for name in shards)
-    _merge_shards(folder, list(shards))
+    write_corpus(payload, folder.root)
+    corpus = Corpus.load(folder.prepared / "corpus.safetensors")
+    pieces = split(config, corpus, whole, NUM_WORKERS)
+    assert len(pieces) == NUM_WORKERS
+    for piece in pieces:
+        assert measure_piece(payload, folder.root, piece) is None, "nothing goes through the object store"
+    moved = sum((folder.prepared / f"{piece.name}.safetensors").stat().st_size for piece in pieces)
+    join(folder, whole, pieces, windows_of(corpus, whole))
     return moved
 
 
-def test_shards_have_the_size_of_the_model_whatever_the_tokens(root: Path, tmp_path: Path, tiny_random: str):
-    config = load_config(root / "tune_configs" / "smoke.yaml")
-    prose = [str(write_prose(tmp_path / f"{seed}.txt", num_sentences=3000, seed=seed)) for seed in range(2)]
-    model = load_model(tiny_random, dtype="float32")
+@pytest.fixture
+def config(root: Path, tmp_path: Path, tiny_random: str) -> SearchConfig:
+    """`smoke.yaml` on texts that fill as many windows as one likes."""
+    smoke = load_config(root / "tune_configs" / "smoke.yaml")
+    train, held_out = (str(write_prose(tmp_path / f"{seed}.txt", num_sentences=3000, seed=seed)) for seed in range(2))
+    texts = smoke.texts.model_copy(update={"train": (train,), "evaluation": (held_out,)})
+    return smoke.model_copy(update={"texts": texts})
+
+
+def test_targets_in_pieces_are_those_of_the_whole(config: SearchConfig, tmp_path: Path):
+    space = config.space.model_copy(update={"distillation_tokens": 8192, "window": 128, "temperature": 2.0})
+    config, folder = config.model_copy(update={"space": space}), RunFolder(tmp_path / "run")
+    measure_shards(config, folder, "distillation")
+    found = TeacherTargets.load(folder.prepared / "distillation.safetensors")
+    windows = Corpus.load(folder.prepared / "corpus.safetensors").distillation
+    assert windows is not None
+    expected = measure_targets(load_model("tiny-random"), windows, temperatures=(1.0, 2.0))
+    found.require(windows)
+    assert (found.ids == expected.ids).float().mean() > 0.99, "near ties alone may swap"
+    torch.testing.assert_close(found.nll, expected.nll)
+    torch.testing.assert_close(found.logits, expected.logits)
+    assert found.log_normalizers.keys() == expected.log_normalizers.keys() == {1.0, 2.0}
+
+
+def test_moments_of_a_streamed_model_come_in_one_piece(config: SearchConfig, tmp_path: Path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim_search(config)
+    write_corpus(config.model_dump(mode="json"), folder.root)
+    corpus = Corpus.load(folder.prepared / "corpus.safetensors")
+    streamed = config.model_copy(update={"run": config.run.model_copy(update={"streamed": True})})
+    for whole in list_wholes(corpus):
+        pieces = split(streamed, corpus, whole, NUM_WORKERS)
+        assert [piece.low for piece in pieces[1:]] == [piece.high for piece in pieces[:-1]]
+        assert (pieces[0].low, pieces[-1].high) == (0, len(windows_of(corpus, whole)))
+        assert len(pieces) == 1 or whole != "moments"
+
+
+def test_shards_have_the_size_of_the_model_whatever_the_tokens(config: SearchConfig, tmp_path: Path):
+    model = load_model("tiny-random", dtype="float32")
     num_blocks, width = len(find_blocks(model)), model.config.hidden_size
     moved = {}
     for num_tokens in (8_192, 32_768):
-        texts = config.texts.model_copy(
-            update={"train": (prose[0],), "evaluation": (prose[1],), "calibration_tokens": num_tokens}
-        )
+        texts = config.texts.model_copy(update={"calibration_tokens": num_tokens})
         folder = RunFolder(tmp_path / str(num_tokens))
         moved[num_tokens] = measure_shards(config.model_copy(update={"texts": texts}), folder)
         assert Moments.load(folder.prepared / "moments.safetensors").num_tokens == pytest.approx(num_tokens, rel=0.02)

@@ -82,6 +82,7 @@ class DistillationRun:
         with torch.random.fork_rng([student.device] if student.device.type == "cuda" else []):
             torch.manual_seed(seed)  # LoRA begins at random
             select_trained(self.student, settings, keep_zeros=keep_zeros)
+        self.student.eval()  # dropout would fall differently on every number of ranks
         if settings.gradient_checkpointing:
             checkpoint_gradients(self.student)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
@@ -95,7 +96,6 @@ class DistillationRun:
         return self.descent.step
 
     def __iter__(self) -> Iterator[dict[str, float]]:
-        self.student.train()
         check_every = max(MIN_STEPS_PER_CHECK, self.settings.num_steps // NUM_CHECKS)
         if self.step == 0 and self.lesson.held_out is not None:
             yield {"step": 0, "num_tokens": 0, **self._check()}
@@ -216,10 +216,8 @@ class DistillationRun:
                 self.lesson.windows, self.lesson.targets, held_out, measure_targets(self.teacher, held_out, num_top=NUM_TOP)
             )
         assert self.lesson.held_out_targets is not None
-        self.student.eval()
         with autocast(self.student.device, self.dtype):
             scores = score_windows(self.student, held_out, self.lesson.held_out_targets)
-        self.student.train()
         kl = float(scores.kl.mean())
         if math.isfinite(kl) and kl < self.best_kl:
             self.best_kl, self.checks_since_best, self.best_weights = kl, 0, self.descent.copy_weights()

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.blocks import find_blocks
+from shoal.blocks import find_blocks, text_config
 from shoal.calls import embed, find_logits, record_calls
 from shoal.on_disk import hold, is_on_disk
 from shoal.text import TokenWindows
 
 WINDOWS_PER_BATCH = 8
+# The streams of all windows that go through the blocks together: more of them read a model on disk fewer times.
+MAX_STREAM_BYTES = 2**31
 
 
 class Flow:
@@ -62,15 +64,21 @@ def read_logits(
 def _read_streamed(
     model: PreTrainedModel, windows: TokenWindows, on_progress: Callable[[int], None]
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    flow = Flow(model, windows.ids)
-    for block in range(len(flow.blocks)):
-        for _ in flow.run(block):
-            pass
-        on_progress(len(windows) * block // len(flow.blocks))
+    bytes_per_window = windows.ids.shape[1] * text_config(model).hidden_size * model.dtype.itemsize
     start = 0
-    for ids, stream in zip(flow.batches, flow.stream, strict=True):
-        for row in range(len(ids)):  # one at a time: logits are large
-            one = slice(row, row + 1)
-            yield slice(start, start + 1), ids[one], find_logits(model, ids[one], stream[one], flow.calls[len(ids)])
-            start += 1
-    on_progress(len(windows))
+    for ids in windows.ids.split(max(1, MAX_STREAM_BYTES // bytes_per_window)):
+        flow = Flow(model, ids)
+        for block in range(len(flow.blocks)):
+            for _ in flow.run(block):
+                pass
+            on_progress(start + len(ids) * block // len(flow.blocks))
+        for batch, stream in zip(flow.batches, flow.stream, strict=True):
+            for row in range(len(batch)):  # one at a time: logits are large
+                one = slice(row, row + 1)
+                yield (
+                    slice(start, start + 1),
+                    batch[one],
+                    find_logits(model, batch[one], stream[one], flow.calls[len(batch)]),
+                )
+                start += 1
+        on_progress(start)

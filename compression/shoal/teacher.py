@@ -5,7 +5,7 @@ Enough for evaluation beside the dense model and for distillation of the logits 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -48,6 +48,13 @@ class TeacherTargets:
         """Raises ValueError if these targets are of other windows."""
         if windows.sha256 != self.text_sha256:
             raise ValueError(f"teacher targets are not of text {windows.name!r}: delete them and measure again")
+
+    @classmethod
+    def join(cls, parts: Sequence[TeacherTargets], windows: TokenWindows) -> Self:
+        """The targets of windows that were measured in parts, in their order."""
+        normalizers = {t: torch.cat([part.log_normalizers[t] for part in parts]) for t in parts[0].log_normalizers}
+        ids, logits, nll = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logits", "nll"))
+        return cls(ids, logits, normalizers, nll, windows.sha256)
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file, aside and renamed."""

@@ -119,6 +119,8 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         raise ValueError(f"{type(model).__name__} cannot checkpoint its gradients; leave gradient_checkpointing out")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for block in find_blocks(model):  # alone, not what is in it: dropout stays as it is
+        block.training = True
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

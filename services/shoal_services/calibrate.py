@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -15,13 +16,30 @@ from shoal.models import hash_weights, load_model, load_tokenizer
 from shoal.moments import Moments, measure_moments
 from shoal.prepare import Listener
 from shoal.task_scores import save_results
-from shoal.teacher import measure_targets
+from shoal.teacher import TeacherTargets, measure_targets
+from shoal.text import TokenWindows
+from transformers import PreTrainedModel
 
 from shoal_services.config import SearchConfig
 from shoal_services.folder import ProgressFile, RunFolder, read_progress
 
 # Two shards of fewer windows would hold too few batches to alternate between fit and held-out half.
 MIN_SHARD_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some windows of what the file `whole` of the folder is measured on: work for one worker."""
+
+    whole: str
+    index: int
+    count: int
+    low: int
+    high: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.whole}.{self.index}-of-{self.count}"
 
 
 def prepare_search(config: SearchConfig, folder: RunFolder, concurrent: int, listen: Listener) -> None:
@@ -35,54 +53,70 @@ def prepare_search(config: SearchConfig, folder: RunFolder, concurrent: int, lis
     corpus_file = folder.prepared / "corpus.safetensors"
     if not corpus_file.exists():
         listen("read model and texts", 0, 1)
-        _get(work(_write_corpus).remote(payload, folder.root))
+        _get(work(write_corpus).remote(payload, folder.root))
         listen("read model and texts", 1, 1)
     corpus = Corpus.load(corpus_file)
-    pieces = _list_pieces(corpus, concurrent * run.most_workers)
-    shards = [name for name in pieces if name.startswith("shard.")]
-    if (folder.prepared / "moments.safetensors").exists():
-        pieces = {name: span for name, span in pieces.items() if name not in shards}
-    missing = {name: span for name, span in pieces.items() if not _piece_file(folder, name).exists()}
-    jobs = [work(_measure_piece).remote(payload, folder.root, name, span) for name, span in missing.items()]
-    total = sum(high - low for _, low, high in missing.values())
-    _watch(jobs, [folder.prepared / f"progress-{name}.json" for name in missing], total, listen)
-    _merge_shards(folder, shards)
+    wholes = {name: split(config, corpus, name, concurrent * run.most_workers) for name in list_wholes(corpus)}
+    wholes = {name: pieces for name, pieces in wholes.items() if not _file(folder, name).exists()}
+    missing = [piece for pieces in wholes.values() for piece in pieces if not _file(folder, piece.name).exists()]
+    jobs = [work(measure_piece).remote(payload, folder.root, piece) for piece in missing]
+    total = sum(piece.high - piece.low for piece in missing)
+    _watch(jobs, [folder.prepared / f"progress-{piece.name}.json" for piece in missing], total, listen)
+    for name, pieces in wholes.items():
+        join(folder, name, pieces, windows_of(corpus, name))
     if config.tasks is not None and not folder.dense_tasks.exists():
         listen("dense model in tasks", 0, 1)
         _get(work(_measure_dense_tasks).remote(payload, folder.root))
         listen("dense model in tasks", 1, 1)
 
 
-def _list_pieces(corpus: Corpus, num_shards: int) -> dict[str, tuple[str, int, int]]:
-    """Pieces of work by name: the role and the range of its windows."""
-    count = len(corpus.calibration)
-    num_shards = max(1, min(num_shards, count // MIN_SHARD_WINDOWS))
-    bounds = [count * i // num_shards for i in range(num_shards + 1)]
-    pieces = {
-        f"shard.{i}-of-{num_shards}": ("calibration", low, high) for i, (low, high) in enumerate(itertools.pairwise(bounds))
-    }
-    if corpus.distillation is not None:
-        pieces["distillation"] = ("distillation", 0, len(corpus.distillation))
-    pieces |= {f"evaluation.{i}": (f"evaluation.{i}", 0, len(w)) for i, w in enumerate(corpus.evaluation)}
-    return pieces | {"selection": ("selection", 0, len(corpus.selection))}
+def list_wholes(corpus: Corpus) -> list[str]:
+    """Files that are to be there at the end, what takes longest first."""
+    distillation = ["distillation"] if corpus.distillation is not None else []
+    return ["moments", *distillation, *(f"evaluation.{index}" for index in range(len(corpus.evaluation))), "selection"]
 
 
-def _piece_file(folder: RunFolder, name: str) -> Path:
+def windows_of(corpus: Corpus, whole: str) -> TokenWindows:
+    """What a file is measured on."""
+    role, _, index = whole.partition(".")
+    if role == "evaluation":
+        return corpus.evaluation[int(index)]
+    return corpus.calibration if role == "moments" else getattr(corpus, role)
+
+
+def split(config: SearchConfig, corpus: Corpus, whole: str, num_workers: int) -> list[Piece]:
+    """A piece for each worker, as far as there are windows for them.
+
+    The moments of a streamed model come in one: each piece of them is as large as all.
+    """
+    length = len(windows_of(corpus, whole))
+    in_one = config.run.streamed and whole == "moments"
+    count = 1 if in_one else max(1, min(num_workers, length // MIN_SHARD_WINDOWS))
+    bounds = itertools.pairwise(length * index // count for index in range(count + 1))
+    return [Piece(whole, index, count, low, high) for index, (low, high) in enumerate(bounds)]
+
+
+def join(folder: RunFolder, whole: str, pieces: list[Piece], windows: TokenWindows) -> None:
+    """The file of all pieces, which are gone then."""
+    files = [_file(folder, piece.name) for piece in pieces]
+    if len(files) == 1:
+        files[0].rename(_file(folder, whole))
+    elif whole == "moments":
+        functools.reduce(Moments.__add__, map(Moments.load, files)).save(_file(folder, whole))
+    else:
+        TeacherTargets.join([TeacherTargets.load(file) for file in files], windows).save(_file(folder, whole))
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def _file(folder: RunFolder, name: str) -> Path:
     return folder.prepared / f"{name}.safetensors"
 
 
-def _merge_shards(folder: RunFolder, names: list[str]) -> None:
-    merged_file = folder.prepared / "moments.safetensors"
-    if not merged_file.exists():
-        shards = [Moments.load(_piece_file(folder, name)) for name in names]
-        functools.reduce(Moments.__add__, shards).save(merged_file)
-    for name in names:
-        _piece_file(folder, name).unlink(missing_ok=True)
-
-
-def _write_corpus(payload: dict, root: Path) -> None:
+def write_corpus(payload: dict, root: Path) -> None:
+    """Reads model and texts: token windows, tokenizer and the hash of the weights."""
     config, folder = SearchConfig.model_validate(payload), RunFolder(root)
-    model = _load(config.model, config.revision, config.dtype)
+    model = _load(config)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     corpus = load_corpus(
         config.texts, tokenizer, model.config,
@@ -93,24 +127,23 @@ def _write_corpus(payload: dict, root: Path) -> None:
     corpus.save(folder.prepared / "corpus.safetensors")
 
 
-def _measure_piece(payload: dict, root: Path, name: str, span: tuple[str, int, int]) -> None:
+def measure_piece(payload: dict, root: Path, piece: Piece) -> None:
+    """Measures a piece into a file of its own."""
     config, folder = SearchConfig.model_validate(payload), RunFolder(root)
-    corpus = Corpus.load(folder.prepared / "corpus.safetensors")
-    role, low, high = span
-    whole = corpus.evaluation[int(role.partition(".")[2])] if role.startswith("evaluation.") else getattr(corpus, role)
-    windows, model = whole.take(low, high), _load(config.model, config.revision, config.dtype)
-    progress = ProgressFile(folder.prepared / f"progress-{name}.json")
+    whole = windows_of(Corpus.load(folder.prepared / "corpus.safetensors"), piece.whole)
+    windows, model = whole.take(piece.low, piece.high), _load(config)
+    progress = ProgressFile(folder.prepared / f"progress-{piece.name}.json")
 
     def listen(done: int) -> None:
-        progress(role, done, len(windows))
+        progress(piece.whole, done, len(windows))
 
-    if role == "calibration":
-        aside = folder.prepared / f"{name}.part"
+    if piece.whole == "moments":
+        aside = folder.prepared / f"{piece.name}.part"
         measure_moments(model, windows, text_sha256=whole.sha256, save_to=aside, on_progress=listen)
-        aside.rename(_piece_file(folder, name))
+        aside.rename(_file(folder, piece.name))
     else:
-        wanted = config.space.temperatures if role == "distillation" else (1.0,)
-        measure_targets(model, windows, temperatures=wanted, on_progress=listen).save(_piece_file(folder, name))
+        wanted = config.space.temperatures if piece.whole == "distillation" else (1.0,)
+        measure_targets(model, windows, temperatures=wanted, on_progress=listen).save(_file(folder, piece.name))
 
 
 def _measure_dense_tasks(payload: dict, root: Path) -> None:
@@ -120,14 +153,18 @@ def _measure_dense_tasks(payload: dict, root: Path) -> None:
     assert config.tasks is not None
     tokenizer = load_tokenizer(str(folder.prepared / "tokenizer"))
     tasks = load_tasks(config.tasks.names)
-    model = _load(config.model, config.revision, config.dtype)
+    model = _load(config)
     save_results(folder.dense_tasks, measure_tasks(model, tokenizer, tasks, limit=config.tasks.limit))
 
 
-@functools.lru_cache(maxsize=1)
-def _load(name: str, revision: str | None, dtype: str | None):
+def _load(config: SearchConfig) -> PreTrainedModel:
     """The dense model, kept by a worker process from one task to the next."""
-    return load_model(name, revision=revision, dtype=dtype)
+    return _load_once(config.model, config.revision, config.dtype, config.run.streamed)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_once(name: str, revision: str | None, dtype: str | None, streamed: bool) -> PreTrainedModel:
+    return load_model(name, revision=revision, dtype=dtype, streamed=streamed)
 
 
 def _watch(jobs: list[ray.ObjectRef], progress_files: list[Path], total: int, listen: Listener) -> None:

@@ -76,9 +76,14 @@ class Workers(Value):
 
 
 class Run(Workers):
-    """How a search is run. `keep_models` deletes the weights of trials that are off the frontier, or keeps all."""
+    """How a search is run. `keep_models` deletes the weights of trials that are off the frontier, or keeps all.
+
+    `streamed` is for models larger than a worker's memory: blocks stay on disk, and where a trial distils, its workers
+    share the weights of student and teacher out among them.
+    """
 
     keep_models: Literal["frontier", "all"] = "frontier"
+    streamed: bool = False
     step_limit_s: float = Field(default=1800, gt=0, description="of training; a worker that takes longer is started again")
     checkpoint_every_s: float = Field(default=60, ge=0, description="at the next check after that")
 
@@ -125,6 +130,7 @@ class SearchConfig(Value):
         corners = [{**first, name: value} for name, axis in self.space.axes.items() for value in list_ends(axis)]
         for assignment in [first, *corners, *self.starting_assignments()]:
             self._check_recipe({**first, **assignment})
+        self._check_streamed()
         if self.search.algorithm == "grid" and any(isinstance(axis, Range) for axis in self.space.axes.values()):
             raise ValueError("algorithm='grid' needs every axis to be a choice or a constant; or use algorithm='optuna'")
         return self
@@ -143,6 +149,18 @@ class SearchConfig(Value):
                 "space.num_replaced must be 1 or more; the dense model is measured in any case "
                 "(0 is for spaces with weight_share or sparsity)"
             )
+
+    def _check_streamed(self) -> None:
+        if not self.run.streamed:
+            return
+        if self.tasks is not None:
+            raise ValueError(
+                "run.streamed: a task would read the whole model from disk for every batch; leave tasks out, and measure "
+                "the stored models with `shoal evaluate --tasks` where one fits in memory"
+            )
+        for name in ("sparsity", "weight_share"):
+            if getattr(self.space, name) is not None:
+                raise ValueError(f"run.streamed: a streamed model cannot be made sparse or factored; leave out {name}")
 
     def run_with(self, **given: Any) -> Self:
         """The same search, run otherwise: fields of `run` that are not None replace the file's."""

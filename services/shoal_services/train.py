@@ -5,7 +5,6 @@ The steps are those of `shoal.compress`; what trials share comes from the search
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from shoal.corpus import Corpus
 from shoal.distill import DistillationRun
 from shoal.evaluate import Collapsed, measure_size, measure_speeds, score_windows
 from shoal.models import load_model, load_tokenizer
+from shoal.on_disk import copy_model
 from shoal.prepare import Listener, Preparation, ignore
 from shoal.recipe import Distillation, Recipe, TaskScore, fingerprint
 from shoal.replace import Replacement, apply_replacement
@@ -67,13 +67,16 @@ class Trial:
             corpus = Corpus.load(self.folder.prepared / "corpus.safetensors")
             preparation = Preparation.load(self.folder.prepared, len(corpus.evaluation))
             device = ray.train.torch.get_device()
-            model = load_model(self.config.model, revision=self.config.revision, dtype=self.config.dtype, device=device)
+            streamed = self.config.run.streamed
+            model = load_model(
+                self.config.model, revision=self.config.revision, dtype=self.config.dtype, device=device, streamed=streamed
+            )
         recipe = self.config.make_recipe(self.assignment)
         recipe = recipe.model_copy(update={"weights_sha256": (self.folder.prepared / "weights.sha256").read_text()})
         recipe = name_inputs(recipe, model, corpus)
         with self.watch.time("fit"):
             recipe, replacement = self._fit_once(recipe, model, corpus, preparation)
-            student = copy.deepcopy(model)
+            student = copy_model(model)
             apply_replacement(student, replacement)
         if recipe.weight_changes:
             with self.watch.time("thin"):
@@ -87,13 +90,13 @@ class Trial:
         with self.watch.time("evaluate"):
             evaluations = evaluate_all(student, corpus, preparation, listen=self.listen)
             self._require_alive(evaluations[0].perplexity, evaluations[0].dense_perplexity)
-            speeds = measure_speeds([model, student])
+            speeds = (None, None) if streamed else tuple(measure_speeds([model, student]))
             tasks = self._measure_tasks(student)
         artefact = self.folder.trial(self.key) / "model"
         if not artefact.exists():  # it is there if the workers died between here and the result
             with self.watch.time("store"):
                 save(student, load_tokenizer(str(self.folder.prepared / "tokenizer")), artefact, recipe=recipe)
-        point = make_point(recipe, evaluations, (measure_size(model), size), (speeds[0], speeds[1]), self.watch, student)
+        point = make_point(recipe, evaluations, (measure_size(model), size), speeds, self.watch, student)
         point = save_point(artefact, point.model_copy(update={"tasks": tasks}))
         self.folder.write_result(
             TrialResult(
@@ -117,12 +120,15 @@ class Trial:
         self, recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation
     ) -> tuple[Recipe, Replacement]:
         """The replacement from `fits/`, put there by rank 0 of the first trial that needs it."""
-        file = self.folder.fits / f"{_fit_key(recipe)}.safetensors"
+        file, complaint = self.folder.fits / f"{_fit_key(recipe)}.safetensors", None
         if self.is_writer and not file.exists():
-            chosen = choose(recipe, model, corpus, preparation)
-            fit(chosen, model, corpus.calibration, preparation.moments, listen=self.listen).save(file)
-        if dist.is_initialized():
-            dist.barrier()
+            try:
+                chosen = choose(recipe, model, corpus, preparation)
+                fit(chosen, model, corpus.calibration, preparation.moments, listen=self.listen).save(file)
+            except (ValueError, FloatingPointError) as error:
+                complaint = str(error)
+        if complaint := _tell(complaint):  # all end, and none waits for one that has
+            raise ValueError(complaint)
         replacement = Replacement.load(file)
         return recipe.model_copy(update={"blocks": replacement.blocks}), replacement
 
@@ -150,6 +156,7 @@ class Trial:
                 self.listen("distil", int(metrics["step"]), num_steps)
                 if "held_out_perplexity" in metrics:
                     due = time.monotonic() - saved_at >= self.config.run.checkpoint_every_s and run.step < num_steps
+                    due = _tell(due)
                     self._report(metrics, num_parameters, state=run.state_dict() if due else None)
                     saved_at = time.monotonic() if due else saved_at
         return run.finish()
@@ -184,6 +191,14 @@ def _fit_key(recipe: Recipe) -> str:
     """Equal for recipes that have the same replacement before distillation."""
     fields = {"num_replaced", "blocks", "kind", "rank", "selection", "fit", "refit_down_proj", "ridge"}
     return fingerprint(recipe.model_dump(mode="json", include=fields))
+
+
+def _tell(value: Any) -> Any:
+    """Rank 0's value, on all ranks."""
+    told = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told[0]
 
 
 def _share_weights(student: PreTrainedModel) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import ray.train
 import ray.tune
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from shoal_services.config import Workers
@@ -27,6 +27,9 @@ from shoal_services.folder import TrialEnd, TrialFolder
 START_TIMEOUT_FAILURES, DRIVER_FAILURES = 3, 2
 # Tune wants a driver to ask for something.
 DRIVER_MEMORY = 2**20
+# Workers wait for one that fits alone, hours with a large model. Dead workers are noticed by Ray, and hung ones by
+# `run.step_limit_s`, not by collectives that take too long.
+COLLECTIVE_LIMIT_S = 24 * 3600
 
 E = TypeVar("E", bound=TrialEnd)
 
@@ -118,6 +121,7 @@ def train_on_workers(
     trainer = TorchTrainer(
         loop,
         train_loop_config=job,
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_LIMIT_S),
         scaling_config=ray.train.ScalingConfig(
             num_workers=least if least == most else (least, most),  # type: ignore[arg-type]  # v1's classes are declared
             use_gpu=workers.gpus_per_worker > 0, resources_per_worker=resources,
