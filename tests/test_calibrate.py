@@ -52,7 +52,6 @@ def test_targets_in_pieces_are_those_of_the_whole(config: SearchConfig, tmp_path
     assert windows is not None
     expected = measure_targets(load_model("tiny-random"), windows, temperatures=(1.0, 2.0))
     found.require(windows)
-    assert (found.ids == expected.ids).float().mean() > 0.99, "near ties alone may swap"
     torch.testing.assert_close(found.nll, expected.nll)
     torch.testing.assert_close(found.logits, expected.logits)
     assert found.log_normalizers.keys() == expected.log_normalizers.keys() == {1.0, 2.0}

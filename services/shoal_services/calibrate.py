@@ -139,8 +139,9 @@ def measure_piece(payload: dict, root: Path, piece: Piece) -> None:
 
     if piece.whole == "moments":
         aside = folder.prepared / f"{piece.name}.part"
-        measure_moments(model, windows, text_sha256=whole.sha256, save_to=aside, on_progress=listen)
-        aside.rename(_file(folder, piece.name))
+        moments = measure_moments(model, windows, text_sha256=whole.sha256, save_to=aside, on_progress=listen)
+        moments.save(_file(folder, piece.name))
+        aside.unlink(missing_ok=True)
     else:
         wanted = config.space.temperatures if piece.whole == "distillation" else (1.0,)
         measure_targets(model, windows, temperatures=wanted, on_progress=listen).save(_file(folder, piece.name))
