@@ -103,6 +103,8 @@ def test_an_unknown_key_that_is_near_to_none_names_them_all(tmp_path):
         (make_data(run={"num_workers": 0}), r"run\.num_workers: .*greater than or equal to 1, not 0"),
         (make_data(run={"cpus_per_worker": 0}), r"run\.cpus_per_worker: .*greater than 0"),
         (make_data(texts={"window": 4}), r"texts\.window: .*greater than or equal to 8, not 4"),
+        (make_data(run={"streamed": True}, tasks={"names": ["arc_easy"]}), r"run\.streamed: .*leave tasks out"),
+        (make_data({"sparsity": "2:4"}, run={"streamed": True}), r"run\.streamed: .*leave out sparsity"),
         ({"name": "mine", "space": AXES}, r"mine\.yaml lacks 'model'"),
         ({"name": "mine", "model": "m", "space": {}}, r"mine\.yaml lacks 'space\.num_replaced'"),
         ({**make_data(), "space": None}, r"mine\.yaml: space: "),

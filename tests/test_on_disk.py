@@ -81,6 +81,15 @@ def test_targets_are_the_same(different, few):
     torch.testing.assert_close(second.logits, first.logits)
 
 
+def test_windows_whose_streams_are_too_large_go_through_in_groups(different, few, monkeypatch):
+    expected, done = measure_targets(different[1], few), []
+    monkeypatch.setattr("shoal.flow.MAX_STREAM_BYTES", 4 * 12 * 32 * 4)  # four windows of 12 tokens
+    found = measure_targets(different[1], few, on_progress=done.append)
+    torch.testing.assert_close(found.nll, expected.nll)
+    torch.testing.assert_close(found.logits, expected.logits)
+    assert done == sorted(done) and done[-1] == len(few)
+
+
 def test_fit_and_evaluation_are_the_same(different, few):
     """From the fit over the student's weights to its perplexity; all blocks are on disk in between."""
     kind = DIFFERENT[different[0].config.model_type]

@@ -15,7 +15,8 @@ from shoal.replace import linear_blocks
 from shoal.trainable import select_trained
 from shoal_services.cli import app
 from shoal_services.config import load_config
-from shoal_services.plan import bytes_per_step, plan_search
+from shoal_services.phases import bytes_per_step, sharded_bytes_per_step
+from shoal_services.plan import plan_search
 from typer.testing import CliRunner
 
 H100 = HARDWARE["h100"]
@@ -77,7 +78,7 @@ def test_more_accelerators_are_faster_until_every_trial_has_its_own(search):
 
 def test_larger_models_need_more_of_everything(search):
     plans = [plan_search(search, SHAPES[f"llama-3.1-{size}"], H100, 512) for size in ("8b", "70b", "405b")]
-    for field in ("seconds", "storage_bytes", "traffic_bytes", "shards", "communication_per_step"):
+    for field in ("seconds", "storage_bytes", "traffic_bytes", "memory_per_worker"):
         values = [getattr(plan, field) for plan in plans]
         assert values == sorted(values), field
     assert [plan.fits for plan in plans] == [True, False, False]
@@ -85,14 +86,39 @@ def test_larger_models_need_more_of_everything(search):
 
 def test_what_no_accelerator_holds_is_said(search):
     plan = plan_search(search, SHAPES["llama-3.1-70b"], H100, 64)
-    assert not plan.fits and plan.shards > 4
+    assert not plan.fits and plan.workers_to_fit > 4
     assert plan.memory_per_worker > H100.memory
 
 
+def stream(search, num_workers: int):
+    """The same search, with weights shared out over so many workers."""
+    return search.model_copy(update={"run": search.run.model_copy(update={"streamed": True, "num_workers": num_workers})})
+
+
+def test_weights_that_are_shared_out_take_less_memory_and_more_traffic(search):
+    shape = SHAPES["llama-3.1-70b"]
+    plans = [plan_search(stream(search, workers), shape, H100, 64) for workers in (1, 2, 4, 8, 16)]
+    memory = [plan.memory_per_worker for plan in plans]
+    assert memory == sorted(memory, reverse=True)
+    assert {plan.workers_to_fit for plan in plans} == {needed := plans[0].workers_to_fit}
+    assert [plan.fits for plan in plans] == [plan.workers_per_trial >= needed for plan in plans]
+    assert plans[0].communication_per_step == 0 < plans[1].communication_per_step
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("llama-3.1-70b", 8), ("llama-3.1-70b-closed-form", 1)])
+def test_the_searches_of_a_large_model_fit(root, name, gpus):
+    config = load_config(root / f"tune_configs/{name}.yaml")
+    plan = plan_search(config, SHAPES["llama-3.1-70b"], H100, gpus)
+    assert plan.fits and plan.memory_per_worker < 0.8 * H100.memory
+    whole = config.run_with(streamed=False)
+    assert not plan_search(whole, SHAPES["llama-3.1-70b"], H100, gpus).fits
+
+
 def test_bytes_of_a_step():
-    assert bytes_per_step(1000, 1e9, workers=1, shards=1) == 0
-    assert bytes_per_step(1000, 1e9, workers=4, shards=1) == pytest.approx(2 * 4 * 1000 * 3 / 4)
-    assert bytes_per_step(0, 1e9, workers=8, shards=8) == pytest.approx(2 * 1e9 * 7 / 8)
+    assert bytes_per_step(1000, workers=1) == 0
+    assert bytes_per_step(1000, workers=4) == pytest.approx(2 * 4 * 1000 * 3 / 4)
+    assert sharded_bytes_per_step(0, gathers=2e9, workers=8, num_passes=1) == pytest.approx(2e9 * 7 / 8)
+    assert sharded_bytes_per_step(1000, gathers=0, workers=8, num_passes=2) == pytest.approx(2 * 4 * 1000 * 7 / 8)
 
 
 def test_the_command_prints_a_column_for_each_size_and_json(root, tmp_path):
@@ -103,13 +129,13 @@ def test_the_command_prints_a_column_for_each_size_and_json(root, tmp_path):
     assert table.exit_code == 0, table.output
     assert "70.6 billion" in table.output
     assert "cost" in table.output
-    assert "assumption" in table.output
+    assert "assumed" in table.output
     own = tmp_path / "config.json"
     own.write_text(make_model("llama").config.to_json_string())
     done = CliRunner().invoke(app, ["plan", path, "--model-config", str(own), "--gpus", "1", "--json"])
     found = json.loads(done.output)
     assert found["plans"][0]["cost"] is None
-    assert found["plans"][0]["shards"] == 1
+    assert found["plans"][0]["workers_to_fit"] == 1
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,22 @@ def test_two_workers_make_one_model(make_search):
 
 
 @pytest.mark.slow
+def test_workers_that_share_the_weights_make_the_models_of_one(finished, make_search):
+    """The same recipes with their blocks on disk, and distilled by two workers."""
+    plain, _ = finished
+    search = make_search(search={"num_trials": 2}, run={"streamed": True, "num_workers": 2, "keep_models": "all"})
+    search.run()
+    assert_whole(search, 2)
+    expected = {result.key: result.point for result in plain.folder.read_results()}
+    for result in search.folder.read_results():
+        point = expected[result.key]
+        assert result.point.perplexity == pytest.approx(point.perplexity, rel=1e-4)
+        assert result.point.evaluations[0].kl == pytest.approx(point.evaluations[0].kl, rel=1e-2)
+        assert result.point.size == point.size
+        assert load_model(result.point.artefact).num_parameters() == point.num_parameters
+
+
+@pytest.mark.slow
 def test_zeros_and_factors_are_axes_beside_depth(make_search):
     """Two workers agree on the zeros, and distillation keeps them."""
     search = make_search(

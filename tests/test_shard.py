@@ -44,7 +44,8 @@ CASES = {
     "unequal shares": Case("mistral", "lora", {"windows_per_step": 3, "windows_per_pass": 1}),
     "one window a step": Case("mistral", "lora", {"windows_per_step": 1}),
     "checkpointed": Case("mistral", "lora", {"gradient_checkpointing": True}),
-    "with the teacher's streams": Case("llama", "lora", {"loss": {"layer_mse": 1.0, "cosine": 1.0}}, measured=False),
+    "with the teacher's streams": Case("llama", "lora", {"loss": {"layer_mse": 1.0, "cosine": 1.0}}),
+    "with its logits too": Case("llama", "lora", {"loss": {"square_head": 1.0}}, measured=False),
 }
 
 

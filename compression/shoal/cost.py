@@ -66,8 +66,13 @@ class Shape:
         return self.width * (2 * q + 2 * self.kv_width + (2 + self.gated) * self.mlp_width + 2)
 
     @property
+    def outer_parameters(self) -> int:
+        """What is outside the blocks: embeddings, the last norm, the LM head."""
+        return self.width + (2 - self.tied) * self.vocabulary * self.width
+
+    @property
     def num_parameters(self) -> int:
-        return self.num_blocks * self.block_parameters + self.width + (2 - self.tied) * self.vocabulary * self.width
+        return self.num_blocks * self.block_parameters + self.outer_parameters
 
     def without(self, num_replaced: int) -> Shape:
         """With fewer blocks."""
@@ -140,8 +145,8 @@ def target_bytes(tokens: int, num_temperatures: int = 1) -> int:
 @dataclass(frozen=True)
 class Hardware:
     """One accelerator. `operations` are dense bfloat16 a second, `memory_bandwidth`, `link` (within a node) and `network`
-    (between nodes, its share) bytes a second; `efficiency` is the share of `operations` that large products reach, with
-    the lowest and the highest that is likely; `measured` says whether that was measured here or assumed."""
+    (between nodes, its share) bytes a second; `efficiency` is the share of `operations` that large products reach: the
+    lowest, the likely and the highest."""
 
     memory: float
     operations: float
@@ -150,7 +155,6 @@ class Hardware:
     network: float
     per_node: int
     efficiency: tuple[float, float, float]
-    measured: bool = False
 
 
 # Efficiencies of GPUs are assumptions: published training runs of large decoders reach 30 to 55 % of peak in bfloat16.

@@ -189,7 +189,7 @@ class DistillationRun:
         with watch_boundaries(self.teacher, lambda _boundary, stream: streams.append(stream)):
             if needs_logits:
                 return streams, self.teacher(input_ids=ids, use_cache=False).logits
-            self.teacher.base_model(input_ids=ids, use_cache=False)
+            self.teacher(input_ids=ids, use_cache=False, logits_to_keep=1)  # the whole model: it gathers what is shared out
         return streams, None
 
     def _needs_logits(self) -> bool:

@@ -68,11 +68,14 @@ def plan_table(search: str, model: str, gpu: str, shape: Shape, plans: Sequence[
     from rich.table import Table
     from shoal.cost import FORMULA_ERROR, HARDWARE
 
-    source = "fitted on measurements" if HARDWARE[gpu].measured else "an assumption, not measured by this project"
+    from shoal_services.phases import STORAGE_BYTES_PER_S
+
     lowest, likely, highest = HARDWARE[gpu].efficiency
+    reading = f", and a worker reads {STORAGE_BYTES_PER_S / 1e9:g} GB/s from storage" if plans[0].streamed else ""
     caption = (
-        f"Estimates. The share of peak that is reached is {source}: {likely:.0%}, likely {lowest:.0%} to {highest:.0%}; "
-        f"that range is in brackets. On a CPU the formulas are off by up to {FORMULA_ERROR:.0%} (tests/fit_cost.py)."
+        f"Estimates. It is assumed, and was not measured, that {likely:.0%} of the peak is reached, {lowest:.0%} to "
+        f"{highest:.0%} in brackets{reading}. On a CPU the formulas are off by up to {FORMULA_ERROR:.0%} "
+        "(tests/fit_cost.py)."
     )
     title = f"{search}: {model}, {shape.num_parameters / 1e9:.1f} billion parameters, on {gpu}"
     table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD)
@@ -84,7 +87,7 @@ def plan_table(search: str, model: str, gpu: str, shape: Shape, plans: Sequence[
         table.add_row(label, *(show(plan) for plan in plans))
 
     add("workers per trial", lambda p: str(p.workers_per_trial))
-    add("a trial fits on its workers", lambda p: "yes" if p.fits else f"no: it takes the memory of {p.shards}")
+    add("a trial fits on its workers", _say_whether_it_fits)
     add("memory per worker", lambda p: f"{p.memory_per_worker / 1e9:,.0f} GB")
     add("trials at once", lambda p: str(p.concurrent_trials))
     add("distillation, tokens/s a trial", lambda p: f"{p.tokens_per_second:,.0f}")
@@ -97,3 +100,11 @@ def plan_table(search: str, model: str, gpu: str, shape: Shape, plans: Sequence[
     if any(plan.cost is not None for plan in plans):
         add("cost", lambda p: f"{p.cost:,.0f}")
     return table
+
+
+def _say_whether_it_fits(plan: Plan) -> str:
+    if plan.fits:
+        return "yes, streamed" if plan.streamed else "yes"
+    if plan.workers_to_fit is None:
+        return "no"
+    return f"no: it takes {plan.workers_to_fit} workers" + ("" if plan.streamed else " and run.streamed")
