@@ -153,8 +153,9 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(teacher, trained, st
 
 
 @pytest.mark.parametrize("windows_per_pass", [1, 3])
-def test_passes_do_not_change_the_step(teacher, windows_per_pass):
-    one, many = (make_run(teacher, windows_per_pass=count, num_steps=6) for count in (4, windows_per_pass))
+@pytest.mark.parametrize("loss", LOSSES)
+def test_passes_do_not_change_the_step(teacher, windows_per_pass, loss):
+    one, many = (make_run(teacher, windows_per_pass=count, num_steps=6, loss=loss) for count in (4, windows_per_pass))
     assert losses_of(many) == pytest.approx(losses_of(one), rel=1e-4)
     assert_same_weights(many.finish(), one.finish(), rtol=1e-2, atol=1e-4)
 

@@ -583,18 +583,31 @@ def test_every_search_can_be_rendered(file: Path):
 
 
 @pytest.mark.parametrize(
-    ("run", "pods", "resources"),
+    ("run", "per_pod", "pods", "resources"),
     [
-        ({}, 1, {"cpu": "1", "memory": "8Gi"}),
-        ({"num_workers": 4, "cpus_per_worker": 1.5}, 4, {"cpu": "2", "memory": "8Gi"}),
-        ({"num_workers": 2, "max_concurrent_trials": 3, "gpus_per_worker": 1}, 6, {"cpu": "1", "nvidia.com/gpu": "1"}),
-        ({"num_workers": 2, "max_concurrent_trials": 3, "gpus_per_worker": 0.5}, 3, {"cpu": "2", "nvidia.com/gpu": "1"}),
+        ({}, 1, 1, {"cpu": "1"}),
+        ({"num_workers": 4, "cpus_per_worker": 1.5}, 1, 4, {"cpu": "2"}),
+        ({"num_workers": 2, "max_concurrent_trials": 3, "gpus_per_worker": 1}, 1, 6, {"cpu": "1", "nvidia.com/gpu": "1"}),
+        ({"num_workers": 2, "max_concurrent_trials": 3, "gpus_per_worker": 0.5}, 1, 3, {"cpu": "2", "nvidia.com/gpu": "1"}),
+        ({"num_workers": 8, "cpus_per_worker": 4, "gpus_per_worker": 1}, 8, 1, {"cpu": "32", "nvidia.com/gpu": "8"}),
+        ({"num_workers": 12, "gpus_per_worker": 1}, 8, 2, {"cpu": "8", "nvidia.com/gpu": "8"}),
     ],
 )
-def test_workers_have_the_size_that_run_asks_for(run: dict[str, Any], pods: int, resources: dict[str, str]):
+def test_workers_have_the_size_that_run_asks_for(run: dict[str, Any], per_pod: int, pods: int, resources: dict[str, str]):
     from shoal_services.config import Run
 
-    assert size_workers(Run(**run), "8Gi") == (pods, {"memory": "8Gi"} | resources)
+    assert size_workers(Run(**run), Place(workers_per_pod=per_pod)) == (pods, {"memory": "8Gi"} | resources)
+
+
+def test_a_search_of_a_large_model_has_its_gpus_in_one_pod_and_room_on_disk():
+    file = ROOT / "tune_configs" / "llama-3.1-70b.yaml"
+    place = Place(memory="512Gi", scratch="600Gi", workers_per_pod=8)
+    job = render_search(load_config(file), file.read_text(), place)[1]
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    assert group["replicas"] == 1
+    assert pod["containers"][0]["resources"]["limits"] == {"cpu": "64", "memory": "512Gi", "nvidia.com/gpu": "8"}
+    assert {"name": "tmp", "emptyDir": {"sizeLimit": "600Gi"}} in pod["volumes"]
 
 
 def test_a_name_that_is_too_long_is_said(tmp_path: Path):

@@ -100,11 +100,15 @@ def layer_mse(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 
 def square_head(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean squared error relative to the teacher's energy, mean over layers (SquareHead, arXiv 2310.06927)."""
-    ratios = [
-        functional.mse_loss(s.float(), t.float()) / (t.float().square().mean() + 1e-6)
-        for s, t in zip(student, teacher, strict=True)
-    ]
+    """Mean squared error relative to the teacher's energy, mean over layers (SquareHead, arXiv 2310.06927).
+
+    The energy is that of each window [time, d] and not of a batch of them: passes and ranks, which share a batch out, would
+    weigh its windows differently.
+    """
+    ratios = []
+    for s, t in zip(student, teacher, strict=True):
+        error = (s.float() - t.float()).square().flatten(1).mean(1)
+        ratios.append((error / (t.float().square().flatten(1).mean(1) + 1e-6)).mean())
     return torch.stack(ratios).mean()
 
 

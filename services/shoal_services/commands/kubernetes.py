@@ -24,6 +24,10 @@ def render(
     tracking_uri: Annotated[str, typer.Option(help="MLflow server, as pods reach it.")] = "http://mlflow:5000",
     queue: Annotated[str, typer.Option(help="Kueue's queue; '' for none.")] = "shoal",
     memory: Annotated[str, typer.Option(help="Memory of a worker pod.")] = "8Gi",
+    scratch: Annotated[str, typer.Option(help="Disk of a pod for /tmp; run.streamed needs room for the model.")] = "20Gi",
+    workers_per_pod: Annotated[
+        int, typer.Option(min=1, help="Workers in one pod, so that GPUs of one node reach each other directly.")
+    ] = 1,
 ) -> None:
     """Print the RayJob for one search: a Ray cluster of the size that `run` asks for, gone when the search ends.
 
@@ -34,11 +38,13 @@ def render(
         shoal k8s render tune_configs/demo.yaml | kubectl apply -f -
 
         shoal k8s render tune_configs/qwen3-8b.yaml --image registry.example.com/shoal-cuda:2.60.0 --memory 96Gi
+
+        shoal k8s render tune_configs/llama-3.1-70b.yaml --workers-per-pod 8 --memory 512Gi --scratch 600Gi
     """
     from shoal_services.config import load_config
     from shoal_services.k8s.render import Place, render_search, write_yaml
 
-    place = Place(namespace, image, claim, tracking_uri, queue or None, memory)
+    place = Place(namespace, image, claim, tracking_uri, queue or None, memory, scratch, workers_per_pod)
     print(write_yaml(render_search(load_config(config), config.read_text(encoding="utf-8"), place)), end="")
 
 

@@ -25,7 +25,10 @@ GRACE_S = 60
 
 @dataclass(frozen=True)
 class Place:
-    """Where a search runs: names of things that are in the cluster already, and the memory of a worker."""
+    """Where a search runs: names of things that are in the cluster already, and what a worker pod has.
+
+    `workers_per_pod`: Ray Train workers in one pod, where GPUs of one node can reach each other directly.
+    """
 
     namespace: str = "shoal"
     image: str | None = None
@@ -33,6 +36,8 @@ class Place:
     tracking_uri: str = "http://mlflow:5000"
     queue: str | None = "shoal"
     memory: str = "8Gi"
+    scratch: str = "20Gi"
+    workers_per_pod: int = 1
 
     @property
     def pinned_image(self) -> str:
@@ -88,7 +93,7 @@ def write_yaml(manifests: list[Manifest]) -> str:
 
 
 def _make_cluster(run: Run, name: str, place: Place, labels: dict[str, str]) -> Manifest:
-    replicas, resources = size_workers(run, place.memory)
+    replicas, resources = size_workers(run, place)
     config = {"name": "config", "configMap": {"name": name}}
     group = {
         "groupName": "workers",
@@ -113,13 +118,13 @@ def _make_cluster(run: Run, name: str, place: Place, labels: dict[str, str]) -> 
     }
 
 
-def size_workers(run: Run, memory: str) -> tuple[int, dict[str, str]]:
-    """How many worker pods, and what each has: a pod for each Ray Train worker, or for those that share its GPU."""
-    per_pod = int(1 // run.gpus_per_worker) if 0 < run.gpus_per_worker < 1 else 1
+def size_workers(run: Run, place: Place) -> tuple[int, dict[str, str]]:
+    """How many worker pods, and what each has: room for `place.workers_per_pod`, or for those that share a GPU."""
+    per_pod = max(place.workers_per_pod, int(1 // run.gpus_per_worker) if 0 < run.gpus_per_worker < 1 else 1)
     total = run.most_workers * (run.max_concurrent_trials or 1)
-    resources = {"cpu": str(math.ceil(run.cpus_per_worker * per_pod)), "memory": memory}
+    resources = {"cpu": str(math.ceil(run.cpus_per_worker * per_pod)), "memory": place.memory}
     if run.gpus_per_worker:
-        resources["nvidia.com/gpu"] = str(math.ceil(run.gpus_per_worker))
+        resources["nvidia.com/gpu"] = str(math.ceil(run.gpus_per_worker * per_pod))
     return math.ceil(total / per_pod), resources
 
 
@@ -168,7 +173,7 @@ def _make_container(name: str, place: Place, resources: dict[str, str]) -> Manif
 
 def _find_volumes(place: Place) -> list[Manifest]:
     storage = {"name": "storage", "persistentVolumeClaim": {"claimName": place.claim}}
-    return [storage, {"name": "tmp", "emptyDir": {"sizeLimit": "20Gi"}}]
+    return [storage, {"name": "tmp", "emptyDir": {"sizeLimit": place.scratch}}]
 
 
 def _make_submitter(place: Place, labels: dict[str, str]) -> Manifest:
