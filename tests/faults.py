@@ -35,6 +35,7 @@ SPACE = {
 }  # fmt: skip
 CHECK_EVERY = NUM_STEPS // 8
 MIDWAY = 3 * CHECK_EVERY + CHECK_EVERY // 2
+NOTICE_S = 6
 
 
 @contextmanager
@@ -332,15 +333,16 @@ def node() -> list[Row]:
 
 
 def preemption() -> list[Row]:
-    """One of two nodes is taken away, some seconds after Ray was told so."""
-    return lose_node("a node is taken away with notice", notice_s=6)
+    """One of two nodes is taken away, some seconds after Ray was told so; the only checkpoint is made upon that."""
+    os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"  # clouds give half a minute, this script seconds
+    return lose_node("a node is taken away with notice", notice_s=NOTICE_S, checkpoint_every_s=3600)
 
 
-def lose_node(what: str, *, notice_s: int) -> list[Row]:
-    """One of two nodes, that of the trial's driver if it is on one; one worker is enough (`num_workers: [1, 2]`)."""
+def lose_node(what: str, *, notice_s: int, checkpoint_every_s: int = 0) -> list[Row]:
+    """One of two nodes, that of the trial's driver; one worker is enough (`num_workers: [1, 2]`)."""
     with (
-        two_nodes() as cluster,
-        searching(run={"num_workers": [1, 2]}) as search,
+        two_nodes(drivers_on_nodes=not notice_s) as cluster,
+        searching(run={"num_workers": [1, 2], "checkpoint_every_s": checkpoint_every_s}) as search,
         started(search, "--address", cluster.address) as process,
     ):
         at = wait_for_step(search, process, MIDWAY)
@@ -414,9 +416,10 @@ def give_notice(cluster: Cluster, one: Node, seconds: int) -> None:
 
 
 @contextmanager
-def two_nodes() -> Iterator[Cluster]:
-    """A Ray cluster of a head without CPUs and two nodes of one CPU."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+def two_nodes(*, drivers_on_nodes: bool = False) -> Iterator[Cluster]:
+    """A Ray cluster of a head without CPUs, or without room for trials' drivers either, and two nodes of one CPU."""
+    head_args = {"num_cpus": 0} | ({"memory": 1} if drivers_on_nodes else {})
+    cluster = Cluster(initialize_head=True, head_node_args=head_args)
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1)

@@ -47,7 +47,7 @@ def test_lack_of_memory_ends_training_the_second_time(folder, lack):
     notes = FaultNotes(folder, "one")
     notes.after_exception(None, {0: lack})
     notes.after_exception(None, {1: RuntimeError("died")})
-    with pytest.raises(MemoryError, match="with one window a pass too: use a smaller window, or workers with more memory"):
+    with pytest.raises(MemoryError, match="with one window a pass too: use a smaller window, workers with more memory, or"):
         notes.after_exception(None, {0: lack})
     folder.write_result(TrialResult(key="one", assignment={}, status="failed", reason="out of memory"))
     told = folder.read_result("one").faults

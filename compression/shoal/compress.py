@@ -101,8 +101,8 @@ def choose_streamed(recipe: Recipe, wanted: bool | None) -> bool:
     """
     if wanted and recipe.distillation is not None:
         raise ValueError(
-            "a streamed model cannot be distilled: every step would read it from disk; leave the distillation out, or "
-            "distil where the model fits in memory"
+            "a streamed model cannot be distilled by one process: every step would read it from disk; leave the "
+            "distillation out, distil where the model fits in memory, or in a search with run.streamed and several workers"
         )
     is_thinned = recipe.sparsity is not None or recipe.weight_share is not None
     if wanted and is_thinned:

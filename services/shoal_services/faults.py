@@ -35,7 +35,9 @@ class FaultNotes(UserCallback):
         fault, before = describe_fault(error), self.folder.read_faults(self.key)
         self.folder.note_fault(self.key, fault)
         if fault.startswith(OUT_OF_MEMORY) and any(one.startswith(OUT_OF_MEMORY) for one in before):
-            raise MemoryError(f"{fault}; with one window a pass too: use a smaller window, or workers with more memory")
+            raise MemoryError(
+                f"{fault}; with one window a pass too: use a smaller window, workers with more memory, or run.streamed"
+            )
 
 
 def describe_fault(error: Exception) -> str:

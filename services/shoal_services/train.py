@@ -5,7 +5,6 @@ The steps are those of `shoal.compress`; what trials share comes from the search
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from transformers import PreTrainedModel
 from shoal_services.config import SearchConfig
 from shoal_services.faults import limit_steps
 from shoal_services.folder import OUT_OF_MEMORY, ProgressFile, RunFolder, Status, TrialResult
+from shoal_services.ranks import Notice, read_state, report, tell
 
 
 def train_trial(job: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ class Trial:
                 fit(chosen, model, corpus.calibration, preparation.moments, listen=self.listen).save(file)
             except (ValueError, FloatingPointError) as error:
                 complaint = str(error)
-        if complaint := _tell(complaint):  # all end, and none waits for one that has
+        if complaint := tell(complaint):  # all end, and none waits for one that has
             raise ValueError(complaint)
         replacement = Replacement.load(file)
         return recipe.model_copy(update={"blocks": replacement.blocks}), replacement
@@ -148,18 +148,28 @@ class Trial:
             student, model, make_lesson(corpus, preparation), self._spare_memory(recipe.distillation),
             replaced=recipe.blocks or (), keep_zeros=recipe.sparsity is not None, seed=recipe.seed,
         )  # fmt: skip
-        _restore(run)
-        num_steps, saved_at = recipe.distillation.num_steps, time.monotonic()
+        self._train(run, num_parameters)
+        return run.finish()
+
+    def _train(self, run: DistillationRun, num_parameters: int) -> None:
+        """Takes the steps, from the last checkpoint on; makes checkpoints at checks, and where a node has to go."""
+        checked: dict[str, float] = {}
+        if state := read_state():
+            run.load_state_dict(state)
+            checked = state["checked"]
+        notice, saved_at = Notice(), time.monotonic()
         with limit_steps(self.config.run.step_limit_s) as live:
             for metrics in run:
                 live()
-                self.listen("distil", int(metrics["step"]), num_steps)
-                if "held_out_perplexity" in metrics:
-                    due = time.monotonic() - saved_at >= self.config.run.checkpoint_every_s and run.step < num_steps
-                    due = _tell(due)
-                    self._report(metrics, num_parameters, state=run.state_dict() if due else None)
+                self.listen("distil", run.step, run.settings.num_steps)
+                is_check = "held_out_perplexity" in metrics
+                checked = metrics if is_check else checked
+                due = time.monotonic() - saved_at >= self.config.run.checkpoint_every_s and not run.descent.is_done
+                due = notice.comes() or (is_check and tell(due))
+                if is_check or due:  # Tune wants the numbers of a check: the last one's, where there is notice
+                    state = run.state_dict() | {"checked": checked} if due else None
+                    self._report(checked, num_parameters, state=state)
                     saved_at = time.monotonic() if due else saved_at
-        return run.finish()
 
     def _spare_memory(self, settings: Distillation) -> Distillation:
         """The same steps, but in passes of one window where memory did not suffice before: the sum is the same."""
@@ -170,13 +180,7 @@ class Trial:
     def _report(self, metrics: dict[str, float], num_parameters: int, *, state: dict | None = None) -> None:
         """Reports to Train, and so to Tune; with a state, also a checkpoint. Every rank calls this alike."""
         self.held_out_perplexity = metrics["held_out_perplexity"]
-        metrics = {**metrics, "num_parameters": num_parameters, **_measure_system()}
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if state is not None and self.is_writer:
-                torch.save(state, Path(folder) / "state.pt")
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(metrics, checkpoint=checkpoint)
+        report({**metrics, "num_parameters": num_parameters, **_measure_system()}, state)
 
     def _require_alive(self, perplexity: float, dense: float) -> None:
         ceiling = dense * self.config.search.max_perplexity_ratio
@@ -193,27 +197,11 @@ def _fit_key(recipe: Recipe) -> str:
     return fingerprint(recipe.model_dump(mode="json", include=fields))
 
 
-def _tell(value: Any) -> Any:
-    """Rank 0's value, on all ranks."""
-    told = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    return told[0]
-
-
 def _share_weights(student: PreTrainedModel) -> None:
     """Rank 0's weights for all: on another kind of processor, a tie of two weights may fall the other way."""
     if dist.is_initialized():
         for parameter in student.parameters():
             dist.broadcast(parameter.data, 0)
-
-
-def _restore(run: DistillationRun) -> None:
-    """Goes on from the checkpoint, where workers died before."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            run.load_state_dict(torch.load(Path(folder) / "state.pt", weights_only=True))
 
 
 def _measure_system() -> dict[str, float]:

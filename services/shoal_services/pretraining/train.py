@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from shoal_services.faults import limit_steps
 from shoal_services.folder import ProgressFile
 from shoal_services.pretraining.config import PretrainConfig
 from shoal_services.pretraining.results import PretrainFolder, PretrainResult, model_folder
+from shoal_services.ranks import Notice, read_state, report
 
 REPORTED = 50
 """Reports of a run beside its checks."""
@@ -47,17 +47,19 @@ def pretrain_run(job: dict[str, Any]) -> None:
     num_steps = recipe.training.num_steps
     every = max(1, num_steps // REPORTED)
     try:
+        notice = Notice()
         with limit_steps(config.run.step_limit_s) as live:
             for metrics in run:
                 live()
                 listen("pretrain", run.step, num_steps)
                 checked = "validation_perplexity" in metrics
-                if not checked and run.step % every:
+                due = notice.comes() or checked
+                if not due and run.step % every:
                     continue
-                state = run.state_dict() | {"seconds": elapsed + time.monotonic() - started_at} if checked else None
+                state = run.state_dict() | {"seconds": elapsed + time.monotonic() - started_at} if due else None
                 if checked and is_writer and config.run.keep_checkpoints:
                     _save_once(folder.trial(key) / f"checkpoint-{run.step:06d}", run, tokenizer, recipe)
-                _report(metrics, state, is_writer=is_writer)
+                report(metrics, state)
     except Diverged as error:
         if is_writer:
             folder.write_result(PretrainResult(key=key, assignment=assignment, status="collapsed", reason=str(error)))
@@ -81,22 +83,10 @@ def _save_once(place: Path, run: PretrainingRun, tokenizer, recipe) -> None:
         save_model(place, run, tokenizer, recipe)
 
 
-def _report(metrics: dict[str, float], state: dict | None, *, is_writer: bool) -> None:
-    """Reports to Train, and so to Tune; with a state, also a checkpoint. Every rank calls this alike."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if state is not None and is_writer:
-            torch.save(state, Path(folder) / "state.pt")
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(metrics, checkpoint=checkpoint)
-
-
 def _restore(run: PretrainingRun) -> float:
     """Goes on from the checkpoint, where workers died before; returns the seconds that it took to get there."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+    state = read_state()
+    if state is None:
         return 0.0
-    with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / "state.pt", weights_only=True)
     run.load_state_dict(state)
     return float(state["seconds"])
