@@ -36,6 +36,7 @@ SPACE = {
 CHECK_EVERY = NUM_STEPS // 8
 MIDWAY = 3 * CHECK_EVERY + CHECK_EVERY // 2
 NOTICE_S = 6
+LONG = 8
 
 
 @contextmanager
@@ -103,15 +104,20 @@ def finish(search: Search, process: subprocess.Popen) -> TrialResult:
 
 
 @functools.cache
-def run_undisturbed() -> TrialResult:
-    """The result of the same trial with no fault."""
-    with searching() as search, started(search) as process:
+def run_undisturbed(length: int = 1) -> TrialResult:
+    """The result of the same trial with no fault, `length` times as many steps."""
+    with searching(space=lengthen(length)) as search, started(search) as process:
         return finish(search, process)
 
 
-def compare(result: TrialResult) -> tuple[str, bool]:
+def lengthen(length: int) -> dict[str, Any]:
+    """The space of a trial of `length` times as many steps."""
+    return {**SPACE, "distillation_tokens": length * NUM_STEPS * 4 * 64}
+
+
+def compare(result: TrialResult, length: int = 1) -> tuple[str, bool]:
     """The held-out perplexity beside that of the undisturbed run."""
-    undisturbed = run_undisturbed()
+    undisturbed = run_undisturbed(length)
     assert result.held_out_perplexity and undisturbed.held_out_perplexity, result.reason
     ratio = result.held_out_perplexity / undisturbed.held_out_perplexity
     return f"perplexity {result.held_out_perplexity:.4f}, undisturbed {undisturbed.held_out_perplexity:.4f}", abs(
@@ -341,7 +347,7 @@ def preemption() -> list[Row]:
 def lose_node(what: str, *, notice_s: int, checkpoint_every_s: int = 0) -> list[Row]:
     """One of two nodes, that of the trial's driver; one worker is enough (`num_workers: [1, 2]`)."""
     with (
-        two_nodes(drivers_on_nodes=not notice_s) as cluster,
+        nodes(2, with_drivers=not notice_s) as cluster,
         searching(run={"num_workers": [1, 2], "checkpoint_every_s": checkpoint_every_s}) as search,
         started(search, "--address", cluster.address) as process,
     ):
@@ -367,11 +373,44 @@ def lose_node(what: str, *, notice_s: int, checkpoint_every_s: int = 0) -> list[
     ]
 
 
+def growth() -> list[Row]:
+    """A second node comes while a trial trains on the first (`num_workers: [1, 2]`); Train looks for more every minute."""
+    with (
+        nodes(1) as cluster,
+        searching(space=lengthen(LONG), run={"num_workers": [1, 2]}) as search,
+        started(search, "--address", cluster.address) as process,
+    ):
+        wait_for_step(search, process, CHECK_EVERY)
+        before = find_workers()
+        cluster.add_node(num_cpus=1)
+        come = time.monotonic()
+        wait_until(
+            lambda: len({worker.pid for worker in find_workers()} - {one.pid for one in before}) == 2, process, search
+        )
+        at = read_step(search)
+        lost = at - wait_for_others(search, process, before) + 1 if at else 0
+        seconds, now = time.monotonic() - come, len(find_workers())
+        result = finish(search, process)
+    said, same = compare(result, LONG)
+    goes_on = f"after {seconds:.1f} s, {now} workers in the place of {len(before)}, {len(result.faults)} faults"
+    held = seconds <= 120 and (len(before), now) == (1, 2) and not result.faults
+    return [
+        Row("a node comes: training goes on", goes_on, "≤ 120 s, 2 for 1, no fault", held),
+        Row(
+            "a node comes: lost",
+            f"{lost} steps",
+            f"≤ 2 checkpoints of {LONG * CHECK_EVERY}",
+            lost <= 2 * LONG * CHECK_EVERY,
+        ),
+        Row("a node comes: the result", said, "the same ± 0.1 %", same),
+    ]
+
+
 def head() -> list[Row]:
     """The head's GCS dies and comes back 5 s later, its state on disk."""
     with (
         lasting_gcs(),
-        two_nodes() as cluster,
+        nodes(2) as cluster,
         searching() as search,
         started(search, "--address", cluster.address) as process,
     ):
@@ -416,12 +455,12 @@ def give_notice(cluster: Cluster, one: Node, seconds: int) -> None:
 
 
 @contextmanager
-def two_nodes(*, drivers_on_nodes: bool = False) -> Iterator[Cluster]:
-    """A Ray cluster of a head without CPUs, or without room for trials' drivers either, and two nodes of one CPU."""
-    head_args = {"num_cpus": 0} | ({"memory": 1} if drivers_on_nodes else {})
+def nodes(count: int, *, with_drivers: bool = False) -> Iterator[Cluster]:
+    """A Ray cluster of a head without CPUs and nodes of one CPU, which the trials' drivers are on if so wished."""
+    head_args = {"num_cpus": 0} | ({"memory": 1} if with_drivers else {})
     cluster = Cluster(initialize_head=True, head_node_args=head_args)
     try:
-        for _ in range(2):
+        for _ in range(count):
             cluster.add_node(num_cpus=1)
         yield cluster
     finally:
@@ -475,7 +514,7 @@ def find_halves(root: Path) -> list[str]:
 
 
 SCENARIOS: list[Callable[[], list[Row]]] = [
-    worker, driver, terminate, tracker, storage, memory, hang, node, preemption, head,
+    worker, driver, terminate, tracker, storage, memory, hang, node, preemption, growth, head,
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from shoal.models import hash_weights, load_model
 from shoal.on_disk import copy_model, is_on_disk
 from shoal.recipe import Distillation
 from shoal.replace import AffineMap, Replacement, apply_replacement
-from shoal.shard import is_sharded
+from shoal.shard import is_sharded, local
 from shoal.teacher import measure_targets
 from shoal.text import TokenWindows
 from torch import Tensor
@@ -77,7 +77,10 @@ def train_on_rank(rank: int, world: int, folder: Path) -> None:
     found = {}
     for name, case in CASES.items():
         run = make_run(case, folder, streamed=True)
-        assert all(is_sharded(parameter) for parameter in run.student.parameters())
+        parameters = list(run.student.parameters())
+        assert all(is_sharded(parameter) for parameter in parameters)
+        held, total = sum(local(p).numel() for p in parameters), sum(p.numel() for p in parameters)
+        assert held <= 1.1 * total / world, "rows that do not divide evenly are padded, and no more"
         found[name] = result_of(run)
         assert is_on_disk(run.finish())
     begun = make_run(CASES["lora"], folder, streamed=True)

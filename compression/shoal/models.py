@@ -25,7 +25,7 @@ from transformers import (
 
 from shoal import modeling_shoal
 from shoal.blocks import is_causal, is_encoder
-from shoal.memory import keep_freed_memory
+from shoal.memory import give_back_freed_memory, keep_freed_memory
 from shoal.on_disk import keep_blocks_on_disk, named_weights, place_blocks
 from shoal.packaged import ALIASES, cache_folder, convert_packaged, gguf_arguments
 from shoal.recipe import Recipe
@@ -70,8 +70,8 @@ def load_model(
     """
     device = device or choose_device()
     torch_dtype = _read_dtype(dtype, device)
-    if device.type == "cpu" and not streamed:  # where memory is short, it is given back
-        keep_freed_memory()
+    if device.type == "cpu":
+        give_back_freed_memory() if streamed else keep_freed_memory()
     folder, extra = _locate(name, revision)
     try:
         if streamed and "gguf_file" in extra:

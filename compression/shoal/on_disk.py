@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.blocks import find_blocks
-from shoal.memory import give_back_freed_memory
 
 
 class WeightsOnDisk:
@@ -65,7 +64,6 @@ class WeightsOnDisk:
         if self.num_users == 0:
             for name in self.names:
                 set_module_tensor_to_device(self.block, name, "meta", clear_cache=False)
-            give_back_freed_memory()
 
 
 def place_blocks(make_model: Callable[[], PreTrainedModel], device: torch.device) -> dict[str, Any]:
