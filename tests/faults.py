@@ -364,6 +364,7 @@ def lose_node(what: str, *, notice_s: int, checkpoint_every_s: int = 0) -> list[
         lost = at - wait_for_others(search, process, victims) + 1
         seconds, now = time.monotonic() - told, len(find_workers())
         said, same = compare(finish(search, process))
+    what += ", no other checkpoint" * bool(notice_s)
     goes_on = f"after {seconds:.1f} s, {now} of {len(victims)} workers{', and another driver' if dying else ''}"
     held = seconds <= 120 and (now, len(victims)) == (1, 2)
     return [
@@ -429,6 +430,32 @@ def head() -> list[Row]:
     return [
         Row("the head's GCS dies: training goes on", goes_on, "≤ 30 s, no restart", seconds <= 30 and not result.faults),
         Row("the head's GCS dies: the result", said, "the same ± 0.1 %", same),
+    ]
+
+
+def machine() -> list[Row]:
+    """The head's machine is lost, and with it the search's driver; then the same command on another cluster."""
+    with searching() as search:
+        with nodes(2) as cluster, started(search, "--address", cluster.address) as process:
+            at = wait_for_step(search, process, MIDWAY)
+            gone = time.monotonic()
+            cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+            process.wait(LIMIT_S)
+            seconds, code = time.monotonic() - gone, process.returncode
+        with nodes(2) as cluster, started(search, "--address", cluster.address) as process:
+            wait_until(lambda: read_step(search) == 0, process, search)
+            lost = at - wait_for_step(search, process, 0) + 1
+            said, same = compare(finish(search, process))
+        assert_whole(search, 1)
+    return [
+        Row(
+            "the head's machine is lost",
+            f"exit code {code} after {seconds:.1f} s",
+            "1, ≤ 120 s",
+            code == 1 and seconds <= 120,
+        ),
+        lost_row("the head's machine, the same command on another cluster", lost),
+        Row("the head's machine: the result", said, "the same ± 0.1 %", same),
     ]
 
 
@@ -514,7 +541,7 @@ def find_halves(root: Path) -> list[str]:
 
 
 SCENARIOS: list[Callable[[], list[Row]]] = [
-    worker, driver, terminate, tracker, storage, memory, hang, node, preemption, growth, head,
+    worker, driver, terminate, tracker, storage, memory, hang, node, preemption, growth, head, machine,
 ]  # fmt: skip
 
 
