@@ -125,6 +125,19 @@ def test_a_search_from_a_laptop_that_is_closed(hosts, storage, root, tmp_path):
         assert numbers == pytest.approx(here[key], rel=1e-5)
 
 
+def test_workers_on_two_hosts_share_a_models_weights(hosts, storage, root, tmp_path):
+    """After the test above, whose search of whole models has the same trials."""
+    config, shared = write_config(root, tmp_path, streamed=True, num_workers=2), tmp_path / "shared"
+    shared.mkdir()
+    words = ["submit", str(config), "--address", hosts.dashboard, "--storage", str(shared)]
+    said = hosts.run(LAPTOP, SHOAL, *words, limit_s=LIMIT_S)
+    assert said.returncode == 0, said.stdout + said.stderr
+    found, expected = (read_numbers(RunFolder(place / "smoke")) for place in (shared, storage))
+    assert found.keys() == expected.keys()
+    for key, numbers in found.items():
+        assert numbers == pytest.approx(expected[key], rel=1e-4)
+
+
 def test_a_stopped_search_leaves_no_run_behind(hosts, root, tmp_path):
     storage = tmp_path / "shared"
     storage.mkdir()
