@@ -9,7 +9,7 @@ import torch
 from conftest import linear_network, make_ids, moments_of
 from shoal.blocks import find_blocks
 from shoal.gram import Gram
-from shoal.linearity import score_blocks, score_gram, score_scaled
+from shoal.linearity import read_scores, score_blocks, score_gram, score_scaled, write_scores
 from shoal.moments import measure_moments
 from shoal.text import TokenWindows
 
@@ -174,3 +174,12 @@ def test_updates_cannot_be_scaled_away(factor):
     stream = torch.stack([rows(400, seed=4), nearly_linear(rows(400, seed=4))])
     with pytest.raises(ValueError, match=f"scaled by {factor}"):
         score_scaled(moments_of(stream), [1, factor])
+
+
+def test_scores_are_read_as_they_were_written(llama, windows, tmp_path):
+    scores = score_blocks(measure_moments(llama, windows), torch.device("cpu"))
+    write_scores(tmp_path / "scores.json", scores)
+    assert read_scores(tmp_path / "scores.json") == scores
+    (tmp_path / "scores.json").write_text('[{"block": 0}]')
+    with pytest.raises(ValueError, match="damaged"):
+        read_scores(tmp_path / "scores.json")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ RANKINGS: dict[str, Callable[[BlockLinearity], float]] = {
 }
 
 
-def protected_blocks(scores: list[BlockLinearity]) -> set[int]:
+def protected_blocks(scores: Sequence[BlockLinearity]) -> set[int]:
     """Blocks that stay: the first, the last, and those that make or erase sinks.
 
     The last block scores high and cannot be spared; a replaced sink maker ruins the attention of all later blocks.
@@ -40,9 +40,15 @@ def protected_blocks(scores: list[BlockLinearity]) -> set[int]:
 
 
 def choose_blocks(
-    recipe: Recipe, moments: Moments, *, rank_by_kl: Callable[[tuple[int, ...]], float] | None = None
+    recipe: Recipe,
+    moments: Moments,
+    *,
+    scores: Sequence[BlockLinearity] | None = None,
+    rank_by_kl: Callable[[tuple[int, ...]], float] | None = None,
 ) -> tuple[int, ...]:
-    """The recipe's blocks, sorted. `rank_by_kl` judges a set of blocks for selection='greedy_kl'.
+    """The recipe's blocks, sorted, by `scores` of the moments if they are known.
+
+    `rank_by_kl` judges a set of blocks for selection='greedy_kl'.
 
     Raises ValueError if the recipe asks for more blocks than can be replaced, or lists blocks that do not exist.
     """
@@ -52,7 +58,7 @@ def choose_blocks(
     if recipe.blocks is not None:
         check_block_indices(recipe.blocks, moments.num_blocks)
         return recipe.blocks
-    scores = score_blocks(moments)
+    scores = scores or score_blocks(moments)
     free = [score for score in scores if score.block not in protected_blocks(scores)]
     if recipe.num_replaced > len(free):
         stay = sorted(protected_blocks(scores))

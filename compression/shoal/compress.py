@@ -135,7 +135,7 @@ def name_inputs(recipe: Recipe, model: PreTrainedModel, corpus: Corpus) -> Recip
 def choose(recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation) -> Recipe:
     """The recipe with its blocks filled in."""
     cost = make_kl_cost(model, preparation.moments, corpus.selection, preparation.selection, recipe)
-    blocks = choose_blocks(recipe, preparation.moments, rank_by_kl=cost)
+    blocks = choose_blocks(recipe, preparation.moments, scores=preparation.scores, rank_by_kl=cost)
     return recipe.model_copy(update={"blocks": blocks})
 
 

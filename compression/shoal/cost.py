@@ -111,6 +111,14 @@ class Shape:
         """Per token and all blocks: Σ z zᵀ and Σ z yᵀ of `down_proj`."""
         return 2.0 * self.num_blocks * self.mlp_width * (self.mlp_width + self.width)
 
+    def score_operations(self) -> float:
+        """In float64, once: three least-squares fits and a product for each block (see `shoal.linearity`)."""
+        return 9.0 * self.num_blocks * self.width**3
+
+    def solve_operations(self) -> float:
+        """In float64, of all blocks: a Cholesky factor of Σ z zᵀ and its solution for `down_proj`."""
+        return self.num_blocks * (self.mlp_width**3 / 3 + 2.0 * self.mlp_width**2 * self.width)
+
     def moments_bytes(self) -> int:
         """Four sets of two d × d matrices in float64 for each block, whatever the number of tokens."""
         return 64 * self.num_blocks * self.width**2
@@ -144,12 +152,15 @@ def target_bytes(tokens: int, num_temperatures: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One accelerator. `operations` are dense bfloat16 a second, `memory_bandwidth`, `link` (within a node) and `network`
-    (between nodes, its share) bytes a second; `efficiency` is the share of `operations` that large products reach: the
-    lowest, the likely and the highest."""
+    """One accelerator. `operations` are dense bfloat16 a second, `operations_64` float64.
+
+    `memory_bandwidth`, `link` (within a node) and `network` (between nodes, its share) are bytes a second. `efficiency` is
+    the share of `operations` that large products reach: the lowest, the likely and the highest.
+    """
 
     memory: float
     operations: float
+    operations_64: float
     memory_bandwidth: float
     link: float
     network: float
@@ -161,11 +172,11 @@ class Hardware:
 ASSUMED = (0.25, 0.40, 0.55)
 HARDWARE: dict[str, Hardware] = {
     # NVIDIA's data sheets, SXM variants; dense figures are half of those "with sparsity". Network: 400 Gb/s a GPU.
-    "a100": Hardware(80e9, 312e12, 2.04e12, 300e9, 25e9, 8, ASSUMED),
-    "h100": Hardware(80e9, 989e12, 3.35e12, 450e9, 50e9, 8, ASSUMED),
-    "h200": Hardware(141e9, 989e12, 4.8e12, 450e9, 50e9, 8, ASSUMED),
-    "b200": Hardware(180e9, 2250e12, 8.0e12, 900e9, 50e9, 8, ASSUMED),
-    "l40s": Hardware(48e9, 362e12, 0.864e12, 32e9, 12.5e9, 8, ASSUMED),
+    "a100": Hardware(80e9, 312e12, 19.5e12, 2.04e12, 300e9, 25e9, 8, ASSUMED),
+    "h100": Hardware(80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9, 8, ASSUMED),
+    "h200": Hardware(141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9, 8, ASSUMED),
+    "b200": Hardware(180e9, 2250e12, 37e12, 8.0e12, 900e9, 50e9, 8, ASSUMED),
+    "l40s": Hardware(48e9, 362e12, 1.4e12, 0.864e12, 32e9, 12.5e9, 8, ASSUMED),
 }
 
 # The largest error of seconds and bytes of random models that nothing was fitted on (`tests/fit_cost.py`):

@@ -155,6 +155,13 @@ class Descent:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.settings.num_steps - warmup)))
 
 
+def tell_ranks(values: Tensor) -> Tensor:
+    """Rank 0's values, on all ranks, each of which calls this; the values themselves where there is one process."""
+    if dist.is_initialized():
+        dist.broadcast(values, 0)
+    return values
+
+
 def _group(trained: Sequence[nn.Parameter], weight_decay: float) -> list[dict]:
     """Matrices decay; norms and biases do not (as in GPT-3 and Llama)."""
     matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.blocks import find_blocks, text_config, watch_boundaries
-from shoal.descent import Descent, Diverged
+from shoal.descent import Descent, Diverged, tell_ranks
 from shoal.evaluate import score_windows
 from shoal.losses import TopTokens, find_divergence, find_normalizer, mix_losses, pick_log_probs
 from shoal.on_disk import copy_model, is_on_disk
@@ -218,9 +218,10 @@ class DistillationRun:
         assert self.lesson.held_out_targets is not None
         with autocast(self.student.device, self.dtype):
             scores = score_windows(self.student, held_out, self.lesson.held_out_targets)
-        kl = float(scores.kl.mean())
+        # Ranks on different processors may see different last digits, and have to stop, or not, together.
+        kl, nll = tell_ranks(torch.stack([scores.kl.mean(), scores.nll.mean()]).to(self.student.device)).tolist()
         if math.isfinite(kl) and kl < self.best_kl:
             self.best_kl, self.checks_since_best, self.best_weights = kl, 0, self.descent.copy_weights()
         else:
             self.checks_since_best += 1
-        return {"held_out_kl": kl, "held_out_perplexity": math.exp(min(float(scores.nll.mean()), 700))}
+        return {"held_out_kl": kl, "held_out_perplexity": math.exp(min(nll, 700))}

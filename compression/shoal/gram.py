@@ -87,6 +87,9 @@ class Gram:
         """The sums of one pair, as views."""
         return Gram(*(getattr(self, f.name)[pair : pair + 1] for f in fields(self)))
 
+    def to(self, device: torch.device) -> Gram:
+        return Gram(*(getattr(self, f.name).to(device) for f in fields(self)))
+
     def scale_update(self, factor: float) -> Gram:
         """The sums for y = x + factor · (y − x), of pairs of equal width."""
         rest = 1 - factor

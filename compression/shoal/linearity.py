@@ -9,13 +9,17 @@ update Y − X. Both come from one fit, because with A = I + M the residual is t
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from shoal.files import write_text
 from shoal.gram import Gram
 from shoal.moments import Moments
 
@@ -60,15 +64,29 @@ class BlockLinearity:
         return self.sink_jump > SINK_JUMP or self.sink_jump < 1 / SINK_JUMP
 
 
-def score_blocks(moments: Moments) -> list[BlockLinearity]:
-    """The linearity of every block.
+def score_blocks(moments: Moments, device: torch.device | None = None) -> list[BlockLinearity]:
+    """The linearity of every block, computed on the device, or where the moments are.
 
     Raises ValueError if there are too few tokens for the hidden size: every score would be near 1.
     """
     require_tokens(moments)
+    device = device or moments.similarity.device
     tokens = moments.ordinary.num_tokens.add(moments.held_ordinary.num_tokens).clamp(min=1).cpu()
     jumps = (moments.sink_norm_ratio[1:] / moments.sink_norm_ratio[:-1]).tolist()
-    return [_score_block(moments, block, float(tokens[block]), jumps[block]) for block in range(moments.num_blocks)]
+    return [_score_block(moments, block, float(tokens[block]), jumps[block], device) for block in range(moments.num_blocks)]
+
+
+def write_scores(path: Path, scores: Sequence[BlockLinearity]) -> None:
+    """Writes scores as JSON, aside and renamed."""
+    write_text(path, json.dumps([dataclasses.asdict(score) for score in scores], indent=2))
+
+
+def read_scores(path: Path) -> list[BlockLinearity]:
+    """What `write_scores` wrote. Raises ValueError if the file is damaged."""
+    try:
+        return [BlockLinearity(**score) for score in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"scores {str(path)!r} are damaged ({error}); delete the file to score again") from error
 
 
 @dataclass(frozen=True)
@@ -117,10 +135,10 @@ def require_tokens(moments: Moments) -> None:
         )
 
 
-def _score_block(moments: Moments, block: int, num_tokens: float, jump: float) -> BlockLinearity:
-    fit, held = moments.ordinary[block], moments.held_ordinary[block]
+def _score_block(moments: Moments, block: int, num_tokens: float, jump: float, device: torch.device) -> BlockLinearity:
+    fit, held = moments.ordinary[block].to(device), moments.held_ordinary[block].to(device)
     both = fit + held
-    everything = both + moments.sinks[block] + moments.held_sinks[block]
+    everything = both + moments.sinks[block].to(device) + moments.held_sinks[block].to(device)
     score, without = score_gram(everything)
     ordinary, ordinary_without = score_gram(both)
     held_out, held_out_without = score_held_out(fit, held)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from shoal.corpus import Corpus
+from shoal.linearity import BlockLinearity, read_scores
 from shoal.moments import Moments, measure_moments
 from shoal.teacher import TeacherTargets, measure_targets
 
@@ -29,23 +30,26 @@ def count_on(listen: Listener, stage: str, before: int, total: int) -> Callable[
 class Preparation:
     """Moments of the calibration text, and the dense model's targets on the other texts.
 
-    `distillation` targets are worth their time where several students learn from the same text.
+    `distillation` targets are worth their time where several students learn from the same text, and `scores` of the
+    blocks where several recipes choose among them.
     """
 
     moments: Moments
     selection: TeacherTargets
     evaluation: tuple[TeacherTargets, ...]
     distillation: TeacherTargets | None = None
+    scores: Sequence[BlockLinearity] | None = None
 
     @classmethod
     def load(cls, folder: Path, num_evaluations: int) -> Preparation:
-        """From the files `moments`, `selection`, `evaluation.<i>` and `distillation` (if there) of a folder."""
-        distillation = folder / "distillation.safetensors"
+        """From the files `moments`, `selection`, `evaluation.<i>`, and, if there, `distillation` and `scores.json`."""
+        scores, distillation = folder / "scores.json", folder / "distillation.safetensors"
         return cls(
             moments=Moments.load(folder / "moments.safetensors"),
             selection=TeacherTargets.load(folder / "selection.safetensors"),
             evaluation=tuple(TeacherTargets.load(folder / f"evaluation.{i}.safetensors") for i in range(num_evaluations)),
             distillation=TeacherTargets.load(distillation) if distillation.exists() else None,
+            scores=read_scores(scores) if scores.exists() else None,
         )
 
 

@@ -103,7 +103,7 @@ def _profile_stack(
     moments = measure_moments(
         stack.model, windows, stack=stack, on_progress=lambda done: listen("moments", done, len(windows))
     )
-    scores, scaled = score_blocks(moments), score_scaled(moments, update_scales)
+    scores, scaled = score_blocks(moments, stack.model.device), score_scaled(moments, update_scales)
     listen("token errors", 0, 1)
     errors = measure_token_errors(stack, corpus.selection, moments)
     strangest = find_nonlinear_tokens(errors, corpus.selection, tokenizer)

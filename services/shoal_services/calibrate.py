@@ -12,7 +12,8 @@ from pathlib import Path
 
 import ray
 from shoal.corpus import Corpus, load_corpus
-from shoal.models import hash_weights, load_model, load_tokenizer
+from shoal.linearity import score_blocks, write_scores
+from shoal.models import choose_device, hash_weights, load_model, load_tokenizer
 from shoal.moments import Moments, measure_moments
 from shoal.prepare import Listener
 from shoal.task_scores import save_results
@@ -43,7 +44,7 @@ class Piece:
 
 
 def prepare_search(config: SearchConfig, folder: RunFolder, concurrent: int, listen: Listener) -> None:
-    """Fills `prepared/` with token windows, moments and the dense model's targets, on `concurrent` workers.
+    """Fills `prepared/` with token windows, moments, scores and the dense model's targets, on `concurrent` workers.
 
     Raises ValueError for models and texts that cannot be used.
     """
@@ -64,6 +65,10 @@ def prepare_search(config: SearchConfig, folder: RunFolder, concurrent: int, lis
     _watch(jobs, [folder.prepared / f"progress-{piece.name}.json" for piece in missing], total, listen)
     for name, pieces in wholes.items():
         join(folder, name, pieces, windows_of(corpus, name))
+    if not folder.scores.exists():
+        listen("score the blocks", 0, 1)
+        _get(work(_score_blocks).remote(folder.root))
+        listen("score the blocks", 1, 1)
     if config.tasks is not None and not folder.dense_tasks.exists():
         listen("dense model in tasks", 0, 1)
         _get(work(_measure_dense_tasks).remote(payload, folder.root))
@@ -145,6 +150,12 @@ def measure_piece(payload: dict, root: Path, piece: Piece) -> None:
     else:
         wanted = config.space.temperatures if piece.whole == "distillation" else (1.0,)
         measure_targets(model, windows, temperatures=wanted, on_progress=listen).save(_file(folder, piece.name))
+
+
+def _score_blocks(root: Path) -> None:
+    """On a worker: of a large model, this takes an accelerator's products in float64."""
+    folder = RunFolder(root)
+    write_scores(folder.scores, score_blocks(Moments.load(_file(folder, "moments")), choose_device()))
 
 
 def _measure_dense_tasks(payload: dict, root: Path) -> None:

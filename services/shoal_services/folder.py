@@ -139,6 +139,11 @@ class RunFolder(TrialFolder[TrialResult]):
         return self.root / "fits"
 
     @property
+    def scores(self) -> Path:
+        """How linear each block is."""
+        return self.prepared / "scores.json"
+
+    @property
     def dense_tasks(self) -> Path:
         """What the dense model scored in the tasks."""
         return self.prepared / "tasks.json"

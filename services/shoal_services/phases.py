@@ -89,9 +89,10 @@ class TrialWork:
         operations = tokens * 2 * shape.forward_operations(self.config.texts.window)
         streams = tokens * (4 * shape.width + shape.mlp_width) * self.dtype_bytes
         sums = 4 * 8 * shape.width**2
+        seconds = 0.0
         if self.recipe.refit_down_proj:
             operations += tokens * shape.refit_operations()
-            operations += self.student.num_blocks * (shape.mlp_width**3 / 3 + 2 * shape.mlp_width**2 * shape.width)
+            seconds += self.student.solve_operations() / reached_64(self.hardware)
             sums = 3 * 8 * shape.mlp_width**2
         if self.streamed:  # the wide inputs of `down_proj` are computed again, not kept
             streams = tokens * 4 * shape.width * self.dtype_bytes
@@ -163,6 +164,11 @@ class TrialWork:
 def reached(hardware: Hardware) -> float:
     """Operations a second that one accelerator is likely to reach."""
     return hardware.operations * hardware.efficiency[1]
+
+
+def reached_64(hardware: Hardware) -> float:
+    """The same in float64."""
+    return hardware.operations_64 * hardware.efficiency[1]
 
 
 def bytes_per_step(trained: int, workers: int) -> float:

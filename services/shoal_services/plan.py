@@ -20,7 +20,15 @@ from shoal.cost import SHAPES, Hardware, Shape, target_bytes
 from shoal.recipe import Recipe
 
 from shoal_services.config import SearchConfig
-from shoal_services.phases import MAX_STREAM_BYTES, STORAGE_BYTES_PER_S, TRAINED_BYTES, Phase, TrialWork, reached
+from shoal_services.phases import (
+    MAX_STREAM_BYTES,
+    STORAGE_BYTES_PER_S,
+    TRAINED_BYTES,
+    Phase,
+    TrialWork,
+    reached,
+    reached_64,
+)
 from shoal_services.space import Choice, Range, list_ends
 
 
@@ -117,19 +125,20 @@ def middle_recipe(config: SearchConfig) -> Recipe:
 
 
 def prepare_seconds(work: TrialWork, concurrent: int) -> float:
-    """Moments and the dense model's targets, measured once over all accelerators; a streamed model's moments on one."""
+    """Moments, scores and the dense model's targets, once, over all accelerators; a streamed model's moments on one."""
     texts, shape, total = work.config.texts, work.shape, concurrent * work.workers
     forward = shape.forward_operations(texts.window)
     moments = texts.calibration_tokens * (forward + shape.moment_operations()) / reached(work.hardware)
     distillation = work.config.space.highest("distillation_tokens")
     tokens = distillation + texts.selection_tokens + texts.evaluation_tokens * len(texts.evaluation)
     targets = tokens * forward / (reached(work.hardware) * total)
+    scores = shape.score_operations() / reached_64(work.hardware)
     if not work.streamed:
-        return moments / total + targets
+        return moments / total + targets + scores
     # Once for the hash of the weights, once for the moments, and for the targets as often as their streams are too large.
     stream = tokens / total * shape.width * work.dtype_bytes
     reading = (2 + math.ceil(stream / MAX_STREAM_BYTES)) * work.dense_bytes + 2 * shape.moments_bytes()
-    return moments + targets + reading / STORAGE_BYTES_PER_S
+    return moments + targets + scores + reading / STORAGE_BYTES_PER_S
 
 
 def find_workers(work: TrialWork) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ from typing import Protocol
 import ray
 from shoal.files import write_text
 from shoal.frontier import find_frontier, name_picks
-from shoal.linearity import BlockLinearity, score_blocks
+from shoal.linearity import BlockLinearity, read_scores, write_scores
 from shoal.models import describe_source
-from shoal.moments import Moments
 from shoal.recipe import Point
 
 from shoal_services.calibrate import prepare_search
@@ -63,8 +61,8 @@ def run_search(config: SearchConfig, audience: SearchAudience, *, num_cpus: int 
     folder.claim_search(config)
     audience("start Ray", 1, 1)
     prepare_search(config, folder, concurrent, audience)
-    scores = score_blocks(Moments.load(folder.prepared / "moments.safetensors"))
-    write_text(folder.root / "linearity.json", json.dumps([dataclasses.asdict(score) for score in scores], indent=2))
+    scores = read_scores(folder.scores)
+    write_scores(folder.root / "linearity.json", scores)
     write_linearity_page(folder.root / "linearity.html", config.model, scores)
     audience.show_linearity(config.model, scores)
 
