@@ -34,7 +34,8 @@ temperatures = st.sampled_from([0.5, 1.0, 4.0])
 
 @given(logits, num_tops, temperatures)
 def test_no_divergence_from_itself(teacher, num_top, temperature):
-    assert float(divergence(teacher, top_tokens(teacher, num_top, temperature), temperature)) == pytest.approx(0, abs=2e-6)
+    # Logits of 40, which 20 become at the lowest temperature, are known to 4e-6 in float32.
+    assert float(divergence(teacher, top_tokens(teacher, num_top, temperature), temperature)) == pytest.approx(0, abs=1e-5)
 
 
 @given(logits, logits, num_tops, temperatures)
