@@ -245,6 +245,18 @@ def test_models_that_collapse_are_told_and_are_not_on_the_frontier(make_search, 
 
 
 @pytest.mark.slow
+def test_a_trial_that_fails_before_its_first_number_is_told_and_the_others_go_on(make_search):
+    """The space cannot know which blocks of a model have to stay."""
+    search = make_search(search={"num_trials": 2, "start_with": [{"num_replaced": 5}, {"num_replaced": 1}]},
+                         space={"num_replaced": {"choice": [1, 5]}})  # fmt: skip
+    search.run()
+    failed, finished = sorted(search.folder.read_results(), key=lambda result: result.status)
+    assert (failed.status, finished.status) == ("failed", "finished")
+    assert "num_replaced=5 is more than" in failed.reason
+    assert "num_replaced=5 is more than" in " ".join(search.errors().split())
+
+
+@pytest.mark.slow
 def test_equal_recipes_are_made_once(make_search):
     """The sampler proposes different learning rates, and nothing is distilled: all are the same model."""
     search = make_search(

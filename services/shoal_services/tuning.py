@@ -16,13 +16,14 @@ from typing import Any, Protocol, TypeVar, cast
 
 import ray.train
 import ray.tune
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from shoal_services.config import Workers
 from shoal_services.events import TrialEvents, Trials
 from shoal_services.faults import FaultNotes, raise_storage_error
 from shoal_services.folder import TrialEnd, TrialFolder
+from shoal_services.network import NodeAddressConfig
 
 START_TIMEOUT_FAILURES, DRIVER_FAILURES = 3, 2
 # Tune wants a driver to ask for something.
@@ -121,7 +122,7 @@ def train_on_workers(
     trainer = TorchTrainer(
         loop,
         train_loop_config=job,
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_LIMIT_S),
+        torch_config=NodeAddressConfig(timeout_s=COLLECTIVE_LIMIT_S),
         scaling_config=ray.train.ScalingConfig(
             num_workers=least if least == most else (least, most),  # type: ignore[arg-type]  # v1's classes are declared
             use_gpu=workers.gpus_per_worker > 0, resources_per_worker=resources,
@@ -172,4 +173,5 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module=r"(ray|optuna)\..*")
     # Ctrl-C reaches us as KeyboardInterrupt: Tune's own handler would return as if the search had ended.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial may fail before its first report
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints a table whatever `verbose` is
