@@ -183,6 +183,21 @@ def test_an_impossible_start_is_refused(tmp_path):
         load(tmp_path, make_data(search={"start_with": [{"num_replaced": -3}]}))
 
 
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ({"seed": 3}, r"start_with: seed does not vary in this space"),
+        ({"num_replaced": 99}, r"start_with: num_replaced: 99 is not in the space, which has \{"),
+        ({"kind": "dropped"}, r"start_with: kind: 'dropped' is not in the space, which has \{'choice': "),
+    ],
+)
+def test_a_start_outside_the_space_is_refused(tmp_path, start, message):
+    space = {"num_replaced": {"randint": [1, 3]}, "kind": {"choice": ["linear", "folded"]}}
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, make_data(space, search={"start_with": [start]}))
+    load(tmp_path, make_data(space, search={"start_with": [{"num_replaced": 3}]}))  # the rest is the sampler's
+
+
 def test_a_grid_has_no_ranges(tmp_path):
     with pytest.raises(
         ValueError, match=r"algorithm='grid' needs every axis to be a choice or a constant; or use algorithm='optuna'"

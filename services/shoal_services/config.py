@@ -131,6 +131,8 @@ class SearchConfig(Value):
         for assignment in [first, *corners, *self.starting_assignments()]:
             self._check_recipe({**first, **assignment})
         self._check_streamed()
+        if self.search.algorithm == "optuna":
+            self._check_starts()
         if self.search.algorithm == "grid" and any(isinstance(axis, Range) for axis in self.space.axes.values()):
             raise ValueError("algorithm='grid' needs every axis to be a choice or a constant; or use algorithm='optuna'")
         return self
@@ -149,6 +151,18 @@ class SearchConfig(Value):
                 "space.num_replaced must be 1 or more; the dense model is measured in any case "
                 "(0 is for spaces with weight_share or sparsity)"
             )
+
+    def _check_starts(self) -> None:
+        """The sampler would leave out what it does not know, without a word."""
+        for name, value in ((name, value) for entry in self.search.start_with for name, value in entry.items()):
+            axis = self.space.axes.get(name)
+            if axis is None:
+                raise ValueError(f"start_with: {name} does not vary in this space; leave it out, or make it a choice")
+            ends = list_ends(axis)
+            if not (value in ends if isinstance(axis, Choice) else ends[0] <= value <= ends[-1]):
+                raise ValueError(
+                    f"start_with: {name}: {value!r} is not in the space, which has {axis.model_dump(exclude_none=True)}"
+                )
 
     def _check_streamed(self) -> None:
         if not self.run.streamed:

@@ -20,12 +20,12 @@ class NodeAddressConfig(TorchConfig):
     """
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:  # type: ignore[override]  # a property there too, untyped
+    def backend_cls(self) -> type[_TorchBackend]:
         return _Backend
 
 
 class _Backend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(_use_node_address)
         super().on_start(worker_group, backend_config)
 

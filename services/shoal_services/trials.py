@@ -78,11 +78,15 @@ def _make_searcher(
         return None, {"assignment": ray.tune.grid_search(assignments)}
     storage = JournalStorage(JournalFileBackend(str(folder.root / "optuna.journal")))
     _end_cut_off_optuna_trials(storage)
+    study = optuna.create_study(
+        storage=storage, study_name=config.name, directions=["minimize" for _ in OBJECTIVES], load_if_exists=True
+    )
+    for start in assignments:  # here and not by Ray, which refuses one that leaves axes to the sampler
+        study.enqueue_trial({f"assignment/{name}": value for name, value in start.items()})
     searcher = PointSearcher(
         config, folder,
         space={f"assignment/{name}": _distribution(axis) for name, axis in config.space.axes.items()},
         metric=list(OBJECTIVES), mode=list(OBJECTIVES.values()),
-        points_to_evaluate=[{f"assignment/{name}": value for name, value in a.items()} for a in assignments] or None,
         sampler=optuna.samplers.TPESampler(seed=config.search.seed + len(folder.read_results()), multivariate=True),
         study_name=config.name, storage=storage,
     )  # fmt: skip
