@@ -125,9 +125,9 @@ def compare(result: TrialResult, length: int = 1) -> tuple[str, bool]:
     ) < 1e-3
 
 
-def lost_row(what: str, lost: int) -> Row:
+def lost_row(what: str, lost: int, every: int = CHECK_EVERY) -> Row:
     """Steps that were taken twice: those since the last checkpoint, and those before it if its report was under way."""
-    return Row(f"{what}: lost", f"{lost} steps", f"≤ 2 checkpoints of {CHECK_EVERY}", lost <= 2 * CHECK_EVERY)
+    return Row(f"{what}: lost", f"{lost} steps", f"≤ 2 checkpoints of {every}", lost <= 2 * every)
 
 
 def wait_for_step(search: Search, process: subprocess.Popen, step: int) -> int:
@@ -142,6 +142,16 @@ def wait_for_others(search: Search, process: subprocess.Popen, before: list[psut
     wait_until(lambda: any(w.pid not in known for w in find_workers()), process, search)
     wait_until(lambda: read_step(search) == 0, process, search)  # they load
     return wait_for_step(search, process, 0)
+
+
+def go_on(search: Search, at: int, *options: str) -> tuple[int, str, bool]:
+    """The command of a search that ended at a step, again: the steps lost, and the result beside the undisturbed one's."""
+    with started(search, *options) as process:
+        wait_until(lambda: read_step(search) == 0, process, search)  # not the step that was left behind
+        lost = at - wait_for_step(search, process, 0) + 1
+        said, same = compare(finish(search, process))
+    assert_whole(search, 1)
+    return lost, said, same
 
 
 def strike(
@@ -199,16 +209,10 @@ def terminate() -> list[Row]:
         run = search.runs()[0].info.status
         stopped = f"exit code {process.returncode}, run {run}, {left} processes left"
         clean = process.returncode == 130 and run == "KILLED" and not left
-        with started(search) as process:
-            wait_until(lambda: read_step(search) == 0, process, search)  # not the step that was left behind
-            lost = at - wait_for_step(search, process, 0) + 1
-            said, same = compare(finish(search, process))
-        assert_whole(search, 1)
+        lost, said, same = go_on(search, at)
     return [
         Row("SIGTERM to the driver", stopped, "a clean stop", clean),
-        Row(
-            "SIGTERM, the same command: lost", f"{lost} steps", f"≤ 2 checkpoints of {CHECK_EVERY}", lost <= 2 * CHECK_EVERY
-        ),
+        lost_row("SIGTERM, the same command", lost),
         Row("SIGTERM, the same command: the result", said, "the same ± 0.1 %", same),
     ]
 
@@ -397,12 +401,7 @@ def growth() -> list[Row]:
     held = seconds <= 120 and (len(before), now) == (1, 2) and not result.faults
     return [
         Row("a node comes: training goes on", goes_on, "≤ 120 s, 2 for 1, no fault", held),
-        Row(
-            "a node comes: lost",
-            f"{lost} steps",
-            f"≤ 2 checkpoints of {LONG * CHECK_EVERY}",
-            lost <= 2 * LONG * CHECK_EVERY,
-        ),
+        lost_row("a node comes", lost, LONG * CHECK_EVERY),
         Row("a node comes: the result", said, "the same ± 0.1 %", same),
     ]
 
@@ -442,11 +441,8 @@ def machine() -> list[Row]:
             cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
             process.wait(LIMIT_S)
             seconds, code = time.monotonic() - gone, process.returncode
-        with nodes(2) as cluster, started(search, "--address", cluster.address) as process:
-            wait_until(lambda: read_step(search) == 0, process, search)
-            lost = at - wait_for_step(search, process, 0) + 1
-            said, same = compare(finish(search, process))
-        assert_whole(search, 1)
+        with nodes(2) as cluster:
+            lost, said, same = go_on(search, at, "--address", cluster.address)
     return [
         Row(
             "the head's machine is lost",

@@ -109,16 +109,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder) -> dict[str, tuple[list[dict], Tensor]]:
-    with torch.no_grad():
-        before = hash_weights(load_model(str(folder / "llama"), dtype="float32"))
-    found = {name: result_of(make_run(case, folder, streamed=False)) for name, case in CASES.items()}
-    assert hash_weights(load_model(str(folder / "llama"), dtype="float32")) == before
-    return found
+    return {name: result_of(make_run(case, folder, streamed=False)) for name, case in CASES.items()}
 
 
 @pytest.fixture(scope="module", params=WORLDS)
 def shared(request, folder) -> tuple[dict[str, tuple[list[dict], Tensor]], dict]:
+    before = hash_weights(load_model(str(folder / "llama"), dtype="float32"))
     torch.multiprocessing.spawn(train_on_rank, (request.param, folder), nprocs=request.param)
+    assert hash_weights(load_model(str(folder / "llama"), dtype="float32")) == before, "the files are only read"
     return torch.load(folder / f"found-{request.param}.pt", weights_only=True)
 
 

@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 
 from shoal.blocks import find_blocks, text_config
 from shoal.calls import embed, find_logits, record_calls
+from shoal.memory import MAX_STREAM_BYTES
 from shoal.on_disk import hold, is_on_disk
 from shoal.text import TokenWindows
 
 WINDOWS_PER_BATCH = 8
-# The streams of all windows that go through the blocks together: more of them read a model on disk fewer times.
-MAX_STREAM_BYTES = 2**31
 
 
 class Flow:

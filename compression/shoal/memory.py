@@ -1,10 +1,15 @@
-"""How this process's allocator treats the memory that a forward pass frees."""
+"""How much a pass may hold at once, and how this process's allocator treats the memory that it frees."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import platform
+
+# Values of logits held at once: 2^28 in float32 are 1 GiB.
+MAX_LOGITS = 2**28
+# The streams of all windows that go through blocks on disk together: more of them read a model fewer times.
+MAX_STREAM_BYTES = 2**31
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_BUFFER_BYTES, KEPT_BYTES, SMALLEST_BUFFER_BYTES = 2**30, 2**31 - 1, 2**18

@@ -20,10 +20,8 @@ from shoal.blocks import text_config
 from shoal.files import write_aside
 from shoal.flow import read_logits
 from shoal.losses import TopTokens, find_normalizer
+from shoal.memory import MAX_LOGITS
 from shoal.text import TokenWindows
-
-# Values of logits held at once: 2^28 in float32 are 1 GiB.
-MAX_LOGITS = 2**28
 
 
 @dataclass(frozen=True)

@@ -25,17 +25,17 @@ def select_trained(student: PreTrainedModel, settings: Distillation, *, keep_zer
     A student whose blocks are on disk is spread over the ranks (see `shoal.shard`). With `keep_zeros`, weights that are
     zero in the projections of the blocks take no part. Raises ValueError if nothing is left to train.
     """
-    shards = Shards(student.device) if is_on_disk(student) else None
+    place = Shards(student.device).of if is_on_disk(student) else nullcontext
     student.requires_grad_(settings.trained == "all")
     for block in find_blocks(student):
-        with shards.of(block) if shards else nullcontext():
+        with place(block):
             if settings.trained != "maps":
                 _change_projections(block, settings, keep_zeros)
             for module in block.modules():
                 if isinstance(module, LinearBlock):
                     module.requires_grad_(True)
             _keep_in_float(block)
-    with shards.of(student) if shards else nullcontext():
+    with place(student):
         _keep_in_float(student)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(NOTHING_TO_TRAIN)

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from shoal.cost import DTYPE_BYTES, Hardware, Shape
+from shoal.memory import MAX_LOGITS, MAX_STREAM_BYTES
 from shoal.recipe import Recipe
 
 from shoal_services.config import SearchConfig
@@ -19,8 +20,6 @@ from shoal_services.config import SearchConfig
 TRAINED_BYTES = 16
 RUNTIME_BYTES = 2e9  # CUDA context, kernels' work space and fragmentation: an allowance, not measured
 FIT_BATCH = 8
-MAX_LOGITS = 2**28
-MAX_STREAM_BYTES = 2**31
 # The block that is computed, and the next, which is on its way.
 GATHERED_BLOCKS = 2
 # What a worker reads from storage: an assumption, for NVMe or a parallel file system.

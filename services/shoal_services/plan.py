@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from shoal.cost import SHAPES, Hardware, Shape, target_bytes
+from shoal.memory import MAX_STREAM_BYTES
 from shoal.recipe import Recipe
 
 from shoal_services.config import SearchConfig
 from shoal_services.phases import (
-    MAX_STREAM_BYTES,
     STORAGE_BYTES_PER_S,
     TRAINED_BYTES,
     Phase,
