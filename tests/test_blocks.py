@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 from conftest import make_ids
-from shoal.blocks import drop_blocks, find_blocks, find_down_proj, text_config, watch_boundaries
+from shoal.blocks import find_blocks, find_down_proj, text_config, watch_boundaries
 from shoal.calls import embed, record_calls
+from shoal.shorten import drop_blocks
 
 
 def test_blocks_are_found(model):

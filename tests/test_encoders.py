@@ -12,12 +12,13 @@ import torch
 import transformers
 from conftest import make_ids, write_prose
 from encoders import ENCODER_DECODERS, ENCODERS, make_encoder, save_with_tokenizer
-from shoal.blocks import drop_blocks, find_blocks
+from shoal.blocks import find_blocks
 from shoal.corpus import load_corpus
 from shoal.encoders import MASKED_SHARE, Cost, choose_masked, compress_encoder, measure_cost
 from shoal.models import load_tokenizer
 from shoal.recipe import Recipe, Texts
 from shoal.replace import Replacement, apply_replacement
+from shoal.shorten import drop_blocks
 from shoal.text import TokenWindows
 from shoal.walk import fit_in_order
 from test_cli import assert_refused, shoal  # noqa: F401  the fixture that runs a command
@@ -77,7 +78,7 @@ def test_a_linear_block_is_replaced_exactly(family, windows):
 @pytest.mark.parametrize("family", ["t5", "modernbert"])
 def test_a_first_block_that_holds_more_has_to_stay(family):
     """T5's holds the position biases of all, ModernBERT's has no first norm: no other can be the first."""
-    with pytest.raises(ValueError, match="block 0 holds what no other block has"):
+    with pytest.raises(ValueError, match="its block 1 would be block 0, and a stock block 0 has"):
         drop_blocks(make_encoder(family), [0])
 
 

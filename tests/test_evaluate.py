@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from conftest import make_ids, make_model
-from shoal.blocks import drop_blocks
 from shoal.evaluate import Collapsed, evaluate, mean_and_error, measure_size, measure_speeds, score_windows
 from shoal.losses import find_normalizer
+from shoal.shorten import drop_blocks
 from shoal.teacher import TeacherTargets, measure_targets
 from shoal.text import TokenWindows
 from torch.nn import functional

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 from conftest import make_affine, make_ids
-from shoal.blocks import drop_blocks
 from shoal.evaluate import score_windows
 from shoal.moments import measure_moments
 from shoal.replace import Replacement, make_replaced
+from shoal.shorten import drop_blocks
 from shoal.splice import measure_splices
 from shoal.teacher import measure_targets
 from shoal.text import TokenWindows

@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 from conftest import make_affine, make_ids, make_model
-from shoal.blocks import drop_blocks, find_blocks, find_down_proj, watch_boundaries
+from shoal.blocks import find_blocks, find_down_proj, watch_boundaries
 from shoal.fit import fit_independent
 from shoal.models import hash_weights
 from shoal.moments import measure_moments
 from shoal.recipe import KINDS
 from shoal.replace import Replacement, apply_replacement
+from shoal.shorten import drop_blocks
 from shoal.text import TokenWindows
 from shoal.walk import fit_in_order
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from shoal.modeling_shoal import list_blocks, list_first_blocks, text_config
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -65,10 +67,10 @@ def find_stacks(model: PreTrainedModel) -> list[Stack]:
     Raises ValueError if there is no list of blocks (no transformer stack, or blocks that share their weights).
     """
     if model.config.is_encoder_decoder:
-        parts = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
-        return [Stack(name, _find_list(part, name, None), model) for name, part in parts.items()]
-    name = "encoder" if is_encoder(model.config) else "decoder"
-    return [Stack(name, _find_list(model, name, text_config(model).num_hidden_layers), model)]
+        lists = {"encoder": list_first_blocks(model), "decoder": list_blocks(model.get_decoder(), None)}
+    else:
+        lists = {"encoder" if is_encoder(model.config) else "decoder": list_first_blocks(model)}
+    return [Stack(name, _require_blocks(blocks, name, model), model) for name, blocks in lists.items()]
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -76,16 +78,14 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     return find_stacks(model)[0].blocks
 
 
-def _find_list(module: nn.Module, name: str, depth: int | None) -> nn.ModuleList:
-    """The outermost list of like modules, `depth` of them if that is known: two stacks may differ in theirs."""
-    for part in module.modules():
-        if isinstance(part, nn.ModuleList) and depth in (None, len(part)) and _are_blocks(part):
-            return part
-    number = "" if depth is None else f"{depth} "
-    raise ValueError(
-        f"{type(module).__name__} has no list of {number}{name} blocks, so there is nothing to measure or replace; "
-        "Shoal needs a transformer with a plain stack of blocks that do not share their weights"
-    )
+def _require_blocks(blocks: nn.ModuleList | None, name: str, model: PreTrainedModel) -> nn.ModuleList:
+    if blocks is None:
+        depth = "" if model.config.is_encoder_decoder else f"{text_config(model).num_hidden_layers} "
+        raise ValueError(
+            f"{type(model).__name__} has no list of {depth}{name} blocks, so there is nothing to measure or replace; "
+            "Shoal needs a transformer with a plain stack of blocks that do not share their weights"
+        )
+    return blocks
 
 
 def is_encoder(config: PretrainedConfig) -> bool:
@@ -99,49 +99,9 @@ def is_causal(config: PretrainedConfig) -> bool:
     return not is_encoder(config) and not config.is_encoder_decoder
 
 
-def text_config(model: PreTrainedModel):
-    """The configuration of the blocks' text: the model's own, or its text part in a multimodal model."""
-    return model.config if model.config.is_encoder_decoder else model.config.get_text_config(decoder=True)
-
-
 def name_cache_argument(model: PreTrainedModel) -> str:
     """What the model's `forward` calls its KV cache: `cache` from transformers 5.24 on, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def _are_blocks(modules: nn.ModuleList) -> bool:
-    kinds = {type(module) for module in modules}
-    return len(kinds) == 1 and any(p.dim() > 1 for p in modules[0].parameters())
-
-
-def drop_blocks(model: PreTrainedModel, dropped: Iterable[int]) -> None:
-    """Removes blocks in place, and renumbers cache indices and every per-layer list of the configuration.
-
-    Raises ValueError for an index that the model does not have, or if no block would be left.
-    """
-    blocks, config = find_blocks(model), text_config(model)
-    depth, gone = len(blocks), set(dropped)
-    check_block_indices(gone, depth)
-    kept = [index for index in range(depth) if index not in gone]
-    if 0 in gone and blocks[0].state_dict().keys() != blocks[kept[0]].state_dict().keys():
-        raise ValueError("block 0 holds what no other block has (position biases, or no first norm): it has to stay")
-    for position, index in enumerate(kept):
-        _renumber(blocks[index], index, position)
-    survivors = [blocks[index] for index in kept]
-    del blocks[:]
-    blocks.extend(survivors)
-    for name, value in list(vars(config).items()):
-        # A per-layer list of another length than num_hidden_layers is refused by transformers 5.
-        if isinstance(value, (list, tuple)) and len(value) == depth and "layer" in name:
-            setattr(config, name, [value[index] for index in kept])
-    config.num_hidden_layers = len(kept)
-
-
-def _renumber(block: nn.Module, index: int, position: int) -> None:
-    """Cache indices are attributes `layer_idx` of the block or of modules inside it."""
-    for module in block.modules():
-        if getattr(module, "layer_idx", None) == index:
-            setattr(module, "layer_idx", position)  # noqa: B010
 
 
 def check_block_indices(indices: Iterable[int], depth: int) -> None:

@@ -10,6 +10,7 @@ The configuration names both: `linear_blocks = [{"block": 10, "where": "after", 
 """
 
 from collections import OrderedDict
+from itertools import takewhile
 
 import torch
 import transformers
@@ -76,10 +77,45 @@ def _run_before(block, args, kwargs):
     return args, {**kwargs, "hidden_states": block.linear_before(kwargs["hidden_states"])}
 
 
-def attach_empty(model: nn.Module, config) -> None:
+def text_config(model: transformers.PreTrainedModel):
+    """The configuration of the blocks' text: the model's own, or its text part in a multimodal model."""
+    return model.config if model.config.is_encoder_decoder else model.config.get_text_config(decoder=True)
+
+
+def list_blocks(model: nn.Module, depth: int | None, beside: nn.Module | None = None) -> nn.ModuleList | None:
+    """The list of `depth` (or any number of) modules of one class with weights; None if there is none.
+
+    Of several the one nearest to the module `beside`, and of those the outermost.
+    """
+    names = {part: name.split(".") for name, part in model.named_modules()}
+    lists = [
+        part
+        for part in names
+        if isinstance(part, nn.ModuleList)
+        and depth in (None, len(part))
+        and len({type(block) for block in part}) == 1
+        and any(weight.dim() > 1 for weight in part[0].parameters())
+    ]
+    path = names.get(beside, [])
+
+    def nearness(part: nn.Module) -> int:
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(names[part], path, strict=False))))
+
+    return max(lists, key=nearness, default=None)
+
+
+def list_first_blocks(model: transformers.PreTrainedModel) -> nn.ModuleList | None:
+    """The blocks of a decoder, of an encoder, or of an encoder-decoder's encoder; None if there is no list of them."""
+    if model.config.is_encoder_decoder:
+        return list_blocks(model.get_encoder(), None)
+    # A model that sees or hears has stacks for that too, which may be as deep: the text's is beside its embeddings.
+    return list_blocks(model, text_config(model).num_hidden_layers, beside=model.get_input_embeddings())
+
+
+def attach_empty(model: transformers.PreTrainedModel) -> None:
     """Attaches the maps and factors that the configuration names, for weights to be loaded into."""
-    depth = config.num_hidden_layers
-    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    config, blocks = text_config(model), list_first_blocks(model)
+    assert blocks is not None
     for entry in getattr(config, "linear_blocks", None) or ():
         attach(blocks[entry["block"]], LinearBlock(config.hidden_size, entry["rank"]), entry["where"])
     for name, rank in (getattr(config, "factored_projections", None) or {}).items():
@@ -96,11 +132,13 @@ def _make_model_class(name: str) -> type:
 
     def __init__(self, config, *args, **kwargs):
         base.__init__(self, config, *args, **kwargs)
-        attach_empty(self, config)
+        attach_empty(self)
         self.post_init()
 
     config_class = __getattr__(f"{PREFIX}{base.config_class.__name__}")
-    return type(name, (base,), {"__init__": __init__, "config_class": config_class, "__module__": __name__})
+    members = {"__init__": __init__, "config_class": config_class, "__module__": __name__}
+    # Of code that is not its own, transformers leaves buffers that no checkpoint holds as they come (Falcon-H1's scales).
+    return type(name, (base,), {**members, "is_custom_code": classmethod(lambda _class: False)})
 
 
 def __getattr__(name: str) -> type:

@@ -141,7 +141,7 @@ def _find_shoal_class(folder: Path) -> str | None:
     if not config_file.is_file():
         return None
     config = json.loads(config_file.read_text())
-    return config["architectures"][0] if any(name in config for name in modeling_shoal.OWN_MODULES) else None
+    return config["architectures"][0] if str(config.get("model_type")).startswith("shoal-") else None
 
 
 def make_skeleton(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shoal import modeling_shoal
-from shoal.blocks import check_block_indices, drop_blocks, find_blocks, find_down_proj, text_config
+from shoal.blocks import check_block_indices, find_blocks, find_down_proj, text_config
 from shoal.files import write_aside
 from shoal.modeling_shoal import LinearBlock, attach
 from shoal.on_disk import weights_on_disk
+from shoal.shorten import drop_blocks
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
 
     Raises ValueError if blocks do not exist, none would be left, or the model holds maps or factors already.
     """
-    blocks, config = find_blocks(model), text_config(model)
+    blocks, width = find_blocks(model), text_config(model).hidden_size
     check_block_indices(replacement.blocks, len(blocks))
     if holds_own_modules(model):
         raise ValueError(
@@ -128,7 +129,7 @@ def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
             "changes at once"
         )
     for index, weight in replacement.down_proj.items():
-        projection = find_down_proj(blocks[index], config.hidden_size)
+        projection = find_down_proj(blocks[index], width)
         assert projection is not None
         _set_weight(blocks[index], projection, _as_stored(projection, weight))
     kept = [index for index in range(len(blocks)) if index not in replacement.blocks]
@@ -142,7 +143,7 @@ def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
             attach(find_blocks(model)[max(position, 0)], affine.to_block(model.dtype).to(model.device), where)
             entries.append({"block": max(position, 0), "where": where, "replaces": list(run), "rank": affine.rank})
     if entries:
-        config.linear_blocks = entries
+        text_config(model).linear_blocks = entries
 
 
 def make_replaced(model: PreTrainedModel, replacement: Replacement) -> PreTrainedModel:

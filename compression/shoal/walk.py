@@ -23,6 +23,7 @@ from shoal.moments import find_sinks, measure_norms
 from shoal.on_disk import hold, keep_off_memory, weights_on_disk
 from shoal.recipe import Kind
 from shoal.replace import AffineMap, Replacement, find_runs, weight_of
+from shoal.shorten import recompute_blocks
 from shoal.text import TokenWindows
 
 Stream = list[Tensor]  # batches [batch, time, d]
@@ -45,13 +46,16 @@ def fit_in_order(
     `linear` and `low_rank` give one affine map per run of neighbouring blocks; `folded` fits `down_proj` of the
     block before a run so that it does the run's work too (ReplaceMe, arXiv 2505.02819, multiplies it by a d × d
     map; the projection fitted as a whole contains that); `dropped` puts nothing there. With `refit_down_proj`,
-    `down_proj` of every kept block after the first replaced one is fitted again toward the teacher's stream.
-    Raises ValueError if the kind does not suit the model or the blocks. `on_progress` hears the blocks done.
+    `down_proj` of every kept block after the first replaced one is fitted again toward the teacher's stream. Kept blocks
+    that scale by their place compute as they will in the shorter model. `on_progress` hears the blocks done.
+
+    Raises ValueError if the kind does not suit the model or the blocks.
     """
     decoder = find_blocks(model)
     runs = {run.start: run for run in find_runs(blocks)}
     if kind == "folded":
         _require_foldable(model, decoder, runs)
+    changed = recompute_blocks(model, blocks)
     batches = split_evenly(windows, model.device)
     calls = record_calls(model, batches[0])
     teacher: Stream = [embed(model, ids) for ids in batches]
@@ -71,15 +75,16 @@ def fit_in_order(
             stop = block + 1
             if kind == "folded" and stop in runs:
                 stop = runs[stop].stop
-            shared = student is teacher
-            projection = find_down_proj(decoder[block], text_config(model).hidden_size)
-            with hold(decoder[block]):
+            kept = changed.get(block, decoder[block])
+            shared = student is teacher and block not in changed
+            projection = find_down_proj(kept, text_config(model).hidden_size)
+            with hold(decoder[block]), hold(kept):
                 aim = advance(decoder, calls, range(block, stop), teacher)
                 if projection is not None and (stop > block + 1 or (refit_down_proj and not shared)):
-                    student, weight = _refit_block(decoder[block], projection, calls[block], student, aim)
+                    student, weight = _refit_block(kept, projection, calls[block], student, aim)
                     replacement.down_proj[block] = weight
                 else:
-                    student = aim if shared else advance(decoder, calls, range(block, stop), student)
+                    student = aim if shared else [calls[block].run(kept, batch) for batch in student]
             teacher, block = aim, stop
         on_progress(block)
     return replacement

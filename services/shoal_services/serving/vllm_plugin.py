@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from shoal import modeling_shoal
-from shoal.modeling_shoal import PREFIX, LinearBlock
+from shoal.modeling_shoal import PREFIX, LinearBlock, list_blocks
 from torch import Tensor, nn
 
 
@@ -60,8 +60,9 @@ def attach_maps(model: nn.Module, config: Any, dtype: Any) -> None:
     Raises ValueError for factored projections.
     """
     refuse_factors(config)
-    depth = config.num_hidden_layers
-    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    text_model = model.get_language_model() if hasattr(model, "get_language_model") else model
+    blocks = list_blocks(text_model, config.num_hidden_layers)
+    assert blocks is not None
     for entry in getattr(config, "linear_blocks", None) or ():
         block, where = blocks[entry["block"]], entry["where"]
         block.add_module(f"linear_{where}", LinearBlock(config.hidden_size, entry["rank"]).to(dtype))
