@@ -22,6 +22,7 @@ from shoal.on_disk import copy_model
 from shoal.prepare import Listener, Preparation, ignore, prepare
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Texts
 from shoal.replace import Replacement, apply_replacement
+from shoal.shorten import require_shortenable
 from shoal.sparsify import sparsify
 from shoal.store import save, save_point
 from shoal.svd import factor_weights
@@ -62,6 +63,8 @@ def compress(
         streamed = choose_streamed(recipe, streamed)
         model = load_model(recipe.base_model, revision=recipe.revision, dtype=recipe.dtype, streamed=streamed)
         tokenizer = load_tokenizer(recipe.base_model, revision=recipe.revision)
+        if recipe.num_replaced:
+            require_shortenable(model, recipe.blocks)
         corpus = load_corpus(texts, tokenizer, model.config, **distillation_needs(recipe))
         recipe = name_inputs(recipe, model, corpus)
         listen("load", 1, 1)

@@ -22,6 +22,8 @@ from shoal.layer_settings import keep_layers
 
 # What hooks, device placement and training leave behind is not how a module was built.
 PLAIN = (bool, int, float, str, type(None), list, tuple, dict)
+# Gemma 4's last block of each kind keeps its keys and values for an assistant model: nothing of its own output.
+FOR_OTHERS = {"store_full_length_kv"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def plan_shortening(model: PreTrainedModel, dropped: Iterable[int]) -> Shortenin
     _require_attention(model, kept)
     recomputed = set()
     for position, index in enumerate(kept):
-        changes = list(_compare(blocks[index], rebuilt[position], (index, position), (len(blocks), len(kept))))
+        changes = list(_compare(blocks[index], rebuilt[position], _Move(index, kept, len(blocks))))
         for change in changes:
             if not change.is_recomputed:
                 raise ValueError(
@@ -135,16 +137,33 @@ class _Change:
         return f"{self.name} = {self.new} and not {self.old}"
 
 
-def _compare(block: nn.Module, rebuilt: nn.Module, places: tuple[int, int], depths: tuple[int, int]) -> Iterator[_Change]:
-    """What would change for a block that is built anew at `places[1]` of `depths[1]`, but for those numbers themselves."""
+@dataclass(frozen=True)
+class _Move:
+    """Of block `index` of `depth` to its place among those that are kept."""
+
+    index: int
+    kept: tuple[int, ...]
+    depth: int
+
+    def explains(self, name: str, old: Any, new: Any) -> bool:
+        """Whether a setting only says the block's place, the number of blocks, or something of all blocks."""
+        numbers = (self.index, self.kept.index(self.index)), (self.depth, len(self.kept))
+        if name in FOR_OTHERS or (type(old) is type(new) is int and (old, new) in numbers):
+            return True
+        return new == keep_layers({name: old}, self.kept, self.depth)[name]
+
+
+def _compare(block: nn.Module, rebuilt: nn.Module, move: _Move) -> Iterator[_Change]:
+    """What would change for a block that is built anew in another place."""
     ours, theirs = (dict(module.named_modules()) for module in (block, rebuilt))
     for name in ours.keys() ^ theirs.keys():
-        yield _Change(name, *(type(found[name]).__name__ if name in found else None for found in (ours, theirs)))
+        old, new = (type(found[name]).__name__ if name in found else None for found in (ours, theirs))
+        yield _Change(name, old, new)
     for name in sorted(ours.keys() & theirs.keys()):
-        yield from _compare_modules(name, ours[name], theirs[name], {places, depths})
+        yield from _compare_modules(name, ours[name], theirs[name], move)
 
 
-def _compare_modules(name: str, ours: nn.Module, theirs: nn.Module, numbers: set[tuple[int, int]]) -> Iterator[_Change]:
+def _compare_modules(name: str, ours: nn.Module, theirs: nn.Module, move: _Move) -> Iterator[_Change]:
     prefix = f"{name}." if name else ""
     if type(ours) is not type(theirs):
         yield _Change(name or "itself", type(ours).__name__, type(theirs).__name__)
@@ -154,8 +173,7 @@ def _compare_modules(name: str, ours: nn.Module, theirs: nn.Module, numbers: set
             yield _Change(prefix + key, shapes[0].get(key), shapes[1].get(key))
     for key, new in _settings(theirs).items():
         old = vars(ours).get(key)
-        is_number = type(old) is type(new) is int and (old, new) in numbers
-        if old != new and not is_number:
+        if old != new and not move.explains(key, old, new):
             yield _Change(prefix + key, old, new, is_recomputed=isinstance(old, float) and isinstance(new, float))
     for key, new in _lost_buffers(theirs).items():
         old = getattr(ours, key)

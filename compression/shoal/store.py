@@ -24,6 +24,7 @@ from shoal.blocks import find_blocks, is_causal
 from shoal.card import write_card
 from shoal.files import write_aside, write_text
 from shoal.on_disk import is_on_disk
+from shoal.read_back import check_saved
 from shoal.recipe import Point, Recipe
 from shoal.replace import holds_own_modules
 
@@ -31,7 +32,8 @@ from shoal.replace import holds_own_modules
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, recipe: Recipe) -> None:
     """Writes the model's folder, aside and renamed last: a reader never sees half a model.
 
-    Raises FileExistsError if the folder is there already, OSError if it cannot be written (nothing is left behind).
+    Raises FileExistsError if the folder is there already, OSError if it cannot be written, ValueError if what was written
+    does not load as `model` (nothing is left behind).
     """
     if folder.exists():
         raise FileExistsError(f"{str(folder)!r} exists already; delete it or choose another folder")
@@ -48,6 +50,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         if own:
             _name_remote_code(aside, model)
         (aside / "recipe.json").write_text(recipe.model_dump_json(indent=2))
+        check_saved(aside, model, tokenizer)
 
 
 def _largest_part(model: PreTrainedModel) -> int:

@@ -16,6 +16,7 @@ from shoal.linearity import score_blocks, write_scores
 from shoal.models import choose_device, hash_weights, load_model, load_tokenizer
 from shoal.moments import Moments, measure_moments
 from shoal.prepare import Listener
+from shoal.shorten import require_shortenable
 from shoal.task_scores import save_results
 from shoal.teacher import TeacherTargets, measure_targets
 from shoal.text import TokenWindows
@@ -122,6 +123,8 @@ def write_corpus(payload: dict, root: Path) -> None:
     """Reads model and texts: token windows, tokenizer and the hash of the weights."""
     config, folder = SearchConfig.model_validate(payload), RunFolder(root)
     model = _load(config)
+    if config.space.highest("num_replaced"):
+        require_shortenable(model, None)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     corpus = load_corpus(
         config.texts, tokenizer, model.config,

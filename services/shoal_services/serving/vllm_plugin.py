@@ -10,7 +10,7 @@ from typing import Any
 
 from shoal import modeling_shoal
 from shoal.modeling_shoal import PREFIX, LinearBlock, list_blocks
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def register() -> None:
@@ -54,7 +54,7 @@ def refuse_factors(config: Any) -> None:
         )
 
 
-def attach_maps(model: nn.Module, config: Any, dtype: Any) -> None:
+def attach_maps(model: Any, config: Any, dtype: Any) -> None:
     """Puts the maps that the configuration names into vLLM's blocks, under the names that their weights have.
 
     Raises ValueError for factored projections.
