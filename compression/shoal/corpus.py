@@ -112,7 +112,7 @@ def find_context(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -
 
     Of encoders the tokenizer says it too: RoBERTa has two positions more than it can use.
     """
-    limits = [getattr(config, "max_position_embeddings", None)]
+    limits = [getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)]
     if not is_causal(config):
         limits.append(tokenizer.model_max_length)
     return min((limit for limit in limits if limit), default=None)

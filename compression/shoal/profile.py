@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from shoal.blocks import Stack, find_stacks
+from shoal.blocks import Stack, find_stacks, text_config
 from shoal.corpus import Corpus, load_corpus, load_evaluation
 from shoal.evaluate import evaluate
 from shoal.linearity import RANKING, BlockLinearity, ScaledScores, score_blocks, score_scaled
@@ -132,10 +132,10 @@ def evaluate_beside(
         base, revision = recipe.base_model, recipe.revision
     listen("load", 0, 1)
     model, teacher = load_model(name, dtype=dtype), load_model(base, revision=revision, dtype=dtype)
-    if model.config.vocab_size != teacher.config.vocab_size:
+    sizes = [text_config(one).vocab_size for one in (model, teacher)]
+    if sizes[0] != sizes[1]:
         raise ValueError(
-            f"{name!r} has a vocabulary of {model.config.vocab_size} tokens and {base!r} one of "
-            f"{teacher.config.vocab_size}: they cannot be compared token by token"
+            f"{name!r} has a vocabulary of {sizes[0]} tokens and {base!r} one of {sizes[1]}: they cannot be compared token by token"
         )
     trained_on = recipe.training_texts if recipe else []
     evaluation = load_evaluation(texts, load_tokenizer(base, revision=revision), trained_on)
