@@ -172,7 +172,7 @@ def watch_boundaries(model: PreTrainedModel, visit: Callable[[int, Tensor], None
 
 
 def find_down_proj(block: nn.Module, hidden_size: int) -> nn.Linear | Conv1D | None:
-    """The MLP's last projection: the one to `hidden_size` from another width outside the attention, None if there is not one.
+    """The MLP's last projection: the one to `hidden_size` from another width outside the attention; None if not one.
 
     Whether its output is what the block adds to the stream, `shoal.down_proj.find_gain` finds out. Several of them
     (mixture of experts) leave no single matrix into which a map could be folded.
