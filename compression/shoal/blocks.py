@@ -132,10 +132,10 @@ def watch_boundaries(model: PreTrainedModel, visit: Callable[[int, Tensor], None
 
 
 def find_down_proj(block: nn.Module, hidden_size: int) -> nn.Linear | Conv1D | None:
-    """The projection that the MLP adds to the residual stream, or None if there is not exactly that.
+    """The MLP's last projection: the one to `hidden_size` from another width outside the attention; None if not one.
 
-    It is the one projection to `hidden_size` from another width outside the attention. A norm after it (Gemma 2
-    and 3) or several of them (mixture of experts) leave no single matrix into which a map could be folded.
+    Whether its output is what the block adds to the stream, `shoal.down_proj.find_gain` finds out. Several of them
+    (mixture of experts) leave no single matrix into which a map could be folded.
     """
     candidates = [
         module
@@ -144,8 +144,7 @@ def find_down_proj(block: nn.Module, hidden_size: int) -> nn.Linear | Conv1D | N
         and "att" not in name
         and width_out(module) == hidden_size != width_in(module)
     ]
-    normed = any(name.startswith(("post_feedforward", "post_mlp")) and "norm" in name for name, _ in block.named_modules())
-    return candidates[0] if len(candidates) == 1 and not normed else None
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def find_projections(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:

@@ -10,7 +10,7 @@ import psutil
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,10 +24,18 @@ from transformers import (
 )
 
 from shoal import modeling_shoal
-from shoal.blocks import is_causal, is_encoder
+from shoal.blocks import find_stacks, is_causal, is_encoder, text_config
+from shoal.checkpoint import (
+    ask_for_dequantised,
+    forget_quantisation,
+    refuse_adapter,
+    refuse_packed,
+    refuse_unplaced,
+)
 from shoal.memory import give_back_freed_memory, keep_freed_memory
 from shoal.on_disk import keep_blocks_on_disk, named_weights, place_blocks
 from shoal.packaged import ALIASES, cache_folder, convert_packaged, gguf_arguments
+from shoal.plain_stream import refuse_side_channels, require_plain_stream
 from shoal.recipe import Recipe
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -79,7 +87,17 @@ def load_model(
         config = _read_config(folder, extra)
         if streamed or not any_kind:
             _refuse_encoders(config)
+        refuse_side_channels(config)
+        dequantised = ask_for_dequantised(config)
+        if streamed and dequantised:
+            raise ValueError(
+                "its weights are quantised, and are not streamed so; load it whole once and save it dequantised"
+            )
         model, report = _read_weights(config, folder, extra, torch_dtype, device if streamed else None)
+        forget_quantisation(model)
+        refuse_unplaced(model, report["unexpected_keys"], dequantised=dequantised)
+        if not dequantised and "gguf_file" not in extra:
+            refuse_packed(model, folder, revision)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load model {name!r}: {_explain(error)}") from error
     missing = sorted(report["missing_keys"])
@@ -96,8 +114,10 @@ def load_model(
     else:
         model.to(device)  # type: ignore[arg-type]
     model.eval()
-    if is_causal(model.config):
-        _require_causal(model, name)
+    try:
+        _try_out(model)
+    except ValueError as error:
+        raise ValueError(f"cannot use model {name!r}: {error}") from error
     return model
 
 
@@ -106,6 +126,8 @@ def _read_weights(
 ) -> tuple[PreTrainedModel, dict]:
     """The model, and transformers' report of what its files lack; its blocks stay on disk if it is streamed to a device."""
     arguments = {"dtype": dtype, "output_loading_info": True, **extra}
+    if hasattr(config, "quantization_config"):
+        arguments["config"] = config
     if class_name := _find_shoal_class(Path(folder)):
         if streamed_to is not None:
             raise ValueError("it holds linear blocks, which are not streamed; load it as a whole")
@@ -167,6 +189,8 @@ def read_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
 
 
 def _read_config(folder: str, extra: dict) -> PretrainedConfig:
+    if "gguf_file" not in extra:
+        refuse_adapter(folder, extra.get("revision"))
     if class_name := _find_shoal_class(Path(folder)):
         return getattr(modeling_shoal, class_name).config_class.from_pretrained(folder)
     return AutoConfig.from_pretrained(folder, **{k: v for k, v in extra.items() if k != "quantization_config"})
@@ -199,6 +223,8 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     folder, extra = _locate(name, revision)
     extra.pop("quantization_config", None)
     try:
+        if "gguf_file" not in extra:
+            refuse_adapter(folder, revision)
         if _find_shoal_class(Path(folder)):
             # With the configuration given, nothing asks whether to run the folder's code.
             extra["config"] = _read_config(folder, extra)
@@ -213,7 +239,10 @@ def check_model(name: str, *, revision: str | None = None) -> None:
     folder, extra = _locate(name, revision)
     extra.pop("quantization_config", None)
     try:
-        _refuse_encoders(_read_config(folder, extra))
+        config = _read_config(folder, extra)
+        _refuse_encoders(config)
+        refuse_side_channels(config)
+        ask_for_dequantised(config)
         for file in Path(folder).glob("*.safetensors"):
             safe_open(file, framework="pt").keys()
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -269,16 +298,25 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict]:
 
 
 @torch.no_grad()
-def _require_causal(model: PreTrainedModel, name: str) -> None:
-    """Raises ValueError if a later token changes the logits of an earlier one, as in an encoder."""
-    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
-    logits = model(input_ids=ids).logits.float()
+def _try_out(model: PreTrainedModel) -> None:
+    """Raises ValueError if the blocks hand on more than a stream, or a later token changes the logits of an earlier one."""
+
+    def read(ids: Tensor) -> Tensor | None:
+        if not is_causal(model.config):
+            find_stacks(model)[0].read(ids)
+            return None
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
+    # What holds linear blocks was made of a model that suits.
+    own = any(getattr(text_config(model), kind, None) for kind in modeling_shoal.OWN_MODULES)
+    logits = read(ids) if own else require_plain_stream(model, ids, read)
+    if logits is None:
+        return
     # Two rows of one batch are computed alike: only rounding is left, relative to the largest logit.
     tolerance = float(logits.abs().max()) * (1e-4 if model.dtype == torch.float32 else 1e-2)
     if not torch.allclose(logits[0, :3], logits[1, :3], rtol=0, atol=tolerance, equal_nan=True):
-        raise ValueError(
-            f"{name!r} ({model.config.model_type}) looks at later tokens: it is an encoder; Shoal needs a causal decoder"
-        )
+        raise ValueError(f"{model.config.model_type} looks at later tokens: it is an encoder; Shoal needs a causal decoder")
 
 
 def _explain(error: Exception) -> str:
@@ -288,4 +326,4 @@ def _explain(error: Exception) -> str:
         return "no such folder, no such model on the Hub, or the Hub cannot be reached; check the name and the network"
     if "GGUF" in text or "gguf" in text:
         return f"transformers cannot read this GGUF file ({text[:200]}); convert the model to safetensors first"
-    return text[:300]
+    return text[:600]

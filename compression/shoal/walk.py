@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shoal.blocks import find_blocks, find_down_proj, text_config, width_in
 from shoal.calls import Call, embed, record_calls
+from shoal.down_proj import find_gain
 from shoal.fit import fit_affine, fit_down_proj
 from shoal.gram import Gram
 from shoal.moments import find_sinks, measure_norms
@@ -53,12 +54,14 @@ def fit_in_order(
     """
     decoder = find_blocks(model)
     runs = {run.start: run for run in find_runs(blocks)}
-    if kind == "folded":
-        _require_foldable(model, decoder, runs)
+    if kind == "folded" and 0 in runs:
+        raise ValueError("block 0 has no block before it to fold into; leave it out or choose kind='linear'")
     changed = recompute_blocks(model, blocks)
     batches = split_evenly(windows, model.device)
     calls = record_calls(model, batches[0])
     teacher: Stream = [embed(model, ids) for ids in batches]
+    if kind == "folded":
+        _require_foldable(model, runs, calls, teacher[0])
     student: Stream = teacher
     replacement = Replacement(blocks=tuple(sorted(blocks)))
     last = len(decoder) if refit_down_proj and blocks else max(blocks, default=-1) + 1
@@ -77,11 +80,12 @@ def fit_in_order(
                 stop = runs[stop].stop
             kept = changed.get(block, decoder[block])
             shared = student is teacher and block not in changed
-            projection = find_down_proj(kept, text_config(model).hidden_size)
             with hold(decoder[block]), hold(kept):
                 aim = advance(decoder, calls, range(block, stop), teacher)
-                if projection is not None and (stop > block + 1 or (refit_down_proj and not shared)):
-                    student, weight = _refit_block(kept, projection, calls[block], student, aim)
+                wanted = stop > block + 1 or (refit_down_proj and not shared)
+                found = _find_refittable(kept, calls[block], student[0]) if wanted else None
+                if found is not None:
+                    student, weight = _refit_block(kept, *found, calls[block], student, aim)
                     replacement.down_proj[block] = weight
                 else:
                     student = aim if shared else [calls[block].run(kept, batch) for batch in student]
@@ -120,8 +124,15 @@ def _apply(affine: AffineMap, stream_btd: Tensor) -> Tensor:
     return affine(stream_btd.flatten(0, 1)).view_as(stream_btd)
 
 
+def _find_refittable(block: nn.Module, call: Call, stream: Tensor) -> tuple[nn.Linear | Conv1D, float] | None:
+    """The block's `down_proj` and what its output is multiplied by on its way into the stream; None if it has neither."""
+    projection = find_down_proj(block, stream.shape[-1])
+    gain = None if projection is None else find_gain(block, projection, call, stream)
+    return None if projection is None or gain is None else (projection, gain)
+
+
 def _refit_block(
-    block: nn.Module, projection: nn.Linear | Conv1D, call: Call, student: Stream, aim: Stream
+    block: nn.Module, projection: nn.Linear | Conv1D, gain: float, call: Call, student: Stream, aim: Stream
 ) -> tuple[Stream, Tensor]:
     """The student's stream after the block with `down_proj` fitted toward the aim, and its new weight [out, in]."""
     weight, on_disk = weight_of(projection), weights_on_disk(block) is not None
@@ -132,7 +143,7 @@ def _refit_block(
     try:
         for batch, wanted in zip(student, aim, strict=True):
             output = call.run(block, batch)
-            gram.add(0, inputs[-1].reshape(-1, inputs[-1].shape[-1]), (wanted - output).flatten(0, 1))
+            gram.add(0, inputs[-1].reshape(-1, inputs[-1].shape[-1]), ((wanted - output) / gain).flatten(0, 1))
             outputs.append(output)
             if on_disk:  # memory is short: the inputs, several times as wide as the stream, are computed again
                 inputs.clear()
@@ -142,19 +153,16 @@ def _refit_block(
             if on_disk:
                 call.run(block, batch)
             z_btf = inputs.pop() if on_disk else inputs[index]
-            outputs[index] = outputs[index] + (z_btf @ change.T).view_as(outputs[index])
+            outputs[index] = outputs[index] + gain * (z_btf @ change.T).view_as(outputs[index])
     finally:
         hook.remove()
     return outputs, keep_off_memory(fitted) if on_disk else fitted
 
 
-def _require_foldable(model: PreTrainedModel, decoder: nn.ModuleList, runs: dict[int, range]) -> None:
-    if 0 in runs:
-        raise ValueError("block 0 has no block before it to fold into; leave it out or choose kind='linear'")
-    hidden_size = text_config(model).hidden_size
+def _require_foldable(model: PreTrainedModel, runs: dict[int, range], calls: list[Call], stream: Tensor) -> None:
     for start in runs:
-        if find_down_proj(decoder[start - 1], hidden_size) is None:
+        if _find_refittable(find_blocks(model)[start - 1], calls[start - 1], stream) is None:
             raise ValueError(
                 f"block {start - 1} of {type(model).__name__} has no single down projection into the stream "
-                "(a norm follows it, or it is a mixture of experts); choose kind='linear'"
+                "(a norm or a gate follows it, or it is a mixture of experts); choose kind='linear'"
             )
