@@ -104,7 +104,7 @@ def _truncate(update_xy: Tensor, xx: Tensor, rank: int) -> tuple[Tensor, Tensor]
 def fit_down_proj(
     gram: Gram, weight: Tensor, bias: Tensor | None = None, *, held_out: Gram, ridge: float | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The projection [out, in], and its bias if it has one, that adds the missing y of the first pair to what it makes of z.
+    """The projection [out, in], and its bias if it has one, that adds the missing y of the first pair to what it makes.
 
     Ridge toward `weight`; λ is `ridge`, or the best of `RIDGES` on `held_out`, the sums of ordinary tokens alone. Sinks are
     in `gram`. A projection without bias gets none: it is fitted through the origin.
