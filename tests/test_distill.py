@@ -225,15 +225,71 @@ def test_every_window_is_seen_once_an_epoch(teacher):
     assert seen[:16] != seen[16:32]
 
 
+def gradient_near_optimum(dtype: torch.dtype) -> torch.Tensor:
+    """Of a map that is nearly the identity in the place of a block that does nothing, over the mean of 4,096 tokens."""
+    teacher, many = make_model("llama"), TokenWindows(make_ids(64, 64), "train")
+    with torch.no_grad():
+        find_blocks(teacher)[2].self_attn.o_proj.weight.zero_()
+        find_blocks(teacher)[2].mlp.down_proj.weight.zero_()
+    teacher, student = teacher.to(dtype), copy.deepcopy(teacher).to(dtype)
+    small = 3e-3 * torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    apply_replacement(student, Replacement((2,), {2: AffineMap(small, torch.zeros(32))}))
+    run = make_run(teacher, student=student, lesson=Lesson(many), num_steps=1, windows_per_step=64, windows_per_pass=64)
+    found: list[torch.Tensor] = []
+    run.descent.optimizer.register_step_pre_hook(
+        lambda *_: found.append(torch.cat([p.grad.flatten() for p in run.trained]))
+    )
+    list(run)
+    return found[0]
+
+
+def test_float16_has_gradients_near_the_optimum():
+    """They are below float16's least number unless the loss is scaled."""
+    exact, found = gradient_near_optimum(torch.float32), gradient_near_optimum(torch.float16)
+    assert float(torch.nn.functional.cosine_similarity(found, exact, dim=0)) > 0.99
+    assert float(found.norm()) == pytest.approx(float(exact.norm()), rel=0.02)
+
+
+def set_loss_scale(run: DistillationRun, scale: float) -> None:
+    run.descent.scaler.load_state_dict(run.descent.scaler.state_dict() | {"scale": scale})
+
+
+def test_a_step_whose_gradients_overflow_is_taken_again_with_a_smaller_scale():
+    plain, begun = (make_run(make_model("llama").half(), num_steps=4) for _ in range(2))
+    set_loss_scale(begun, 2.0**40)
+    assert losses_of(begun) == pytest.approx(losses_of(plain), rel=1e-3)
+    assert 1 < begun.descent.scaler.get_scale() < 2.0**40
+
+
+def test_the_loss_scale_is_part_of_the_state():
+    first, second = (make_run(make_model("llama").half(), num_steps=2) for _ in range(2))
+    set_loss_scale(first, 512.0)
+    second.load_state_dict(save_and_load(first.state_dict()))
+    assert second.descent.scaler.get_scale() == 512
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_gradient_that_is_not_finite_diverges_and_leaves_the_weights(teacher, dtype):
+    """A finite loss with an infinite slope."""
+    run = make_run(teacher.to(dtype))
+    before = run.descent.copy_weights()
+    with pytest.raises(Diverged, match=r"the gradient became (inf|nan) at step 1"):
+        run.descent.take_step(lambda _rows: (run.trained[0] * 0).sum().sqrt()[None])
+    assert all(torch.equal(now, then) for now, then in zip(run.descent.copy_weights(), before, strict=True))
+
+
 STEPS_OF_RANKS = (4, 3, 1)  # shared equally, unequally, and with nothing to do for one
+DTYPES_OF_RANKS = (torch.float32, torch.float32, torch.float16)
 
 
 def train_on_rank(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     found = []
-    for windows_per_step in STEPS_OF_RANKS:
-        run = make_run(make_model("llama"), num_steps=6, windows_per_step=windows_per_step)
+    for windows_per_step, dtype in zip(STEPS_OF_RANKS, DTYPES_OF_RANKS, strict=True):
+        run = make_run(make_model("llama").to(dtype), num_steps=6, windows_per_step=windows_per_step)
+        if dtype == torch.float16:
+            set_loss_scale(run, 2.0**40)  # overflows on all of them
         found.append((losses_of(run), list(run.finish().parameters())))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -243,8 +299,8 @@ def train_on_rank(rank: int, world: int, folder: Path) -> None:
 def test_ranks_learn_what_one_does(teacher, world, tmp_path):
     torch.multiprocessing.spawn(train_on_rank, (world, tmp_path), nprocs=world)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    for windows_per_step, *found in zip(STEPS_OF_RANKS, *ranks, strict=True):
-        alone = make_run(teacher, num_steps=6, windows_per_step=windows_per_step)
+    for windows_per_step, dtype, *found in zip(STEPS_OF_RANKS, DTYPES_OF_RANKS, *ranks, strict=True):
+        alone = make_run(teacher.to(dtype), num_steps=6, windows_per_step=windows_per_step)
         expected, parameters = losses_of(alone), list(alone.finish().parameters())
         for losses, weights in found:
             assert losses == pytest.approx(expected, rel=1e-4)

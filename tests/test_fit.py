@@ -115,16 +115,79 @@ def test_a_named_ridge_fits_all_tokens_too():
     torch.testing.assert_close(named.matrix, fit_affine(gram_of(X, NOISY), NO_SINKS, ridge=0.01).matrix)
 
 
+WEIGHT = rows(D, seed=4, width=20)
+
+
+def refit(z: torch.Tensor, y: torch.Tensor, *, bias: torch.Tensor | None = None, sinks=None, ridge: float | None = None):
+    """`WEIGHT` fitted on every other row, with sinks (z, y), λ judged on the others."""
+    gram, held = gram_of(z[::2], y[::2]), gram_of(z[1::2], y[1::2])
+    return fit_down_proj(gram if sinks is None else gram + gram_of(*sinks), WEIGHT, bias, held_out=held, ridge=ridge)
+
+
+def make_sinks(scale: float, num: int = 2, *, seed: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs `scale` times an ordinary token's, and updates as much larger that no other token asks for."""
+    return scale * rows(num, seed=seed, width=20), scale * rows(num, seed=seed + 1)
+
+
+def residual_share(z: torch.Tensor, y: torch.Tensor, fitted) -> float:
+    """Of what is missing, what still is."""
+    weight, bias = fitted
+    return float((z @ (weight - WEIGHT).T + (0 if bias is None else bias) - y).square().sum() / y.square().sum())
+
+
 def test_down_proj_stays_under_a_huge_ridge():
-    weight = rows(D, seed=4, width=20).float()
-    gram = gram_of(rows(100, width=20), rows(100, seed=1))
-    torch.testing.assert_close(fit_down_proj(gram, weight, ridge=1e12).float(), weight)
+    torch.testing.assert_close(refit(rows(100, width=20), rows(100, seed=1), ridge=1e12)[0], WEIGHT)
 
 
-def test_down_proj_without_ridge_is_least_squares():
-    weight, z, target = rows(D, seed=4, width=20), rows(100, width=20), rows(100, seed=1)
-    fitted = fit_down_proj(gram_of(z, target - z @ weight.T), weight, ridge=1e-12)
-    torch.testing.assert_close(fitted, torch.linalg.lstsq(z, target).solution.T, rtol=1e-6, atol=1e-8)
+@pytest.mark.parametrize("bias", [None, rows(1, seed=9)[0]])
+def test_down_proj_without_ridge_is_least_squares(bias):
+    """Through the origin where there is no bias, and with a new bias where there is one."""
+    z, y = rows(100, width=20) + 1, rows(100, seed=1) + 2
+    weight, fitted_bias = refit(z, y, bias=bias, ridge=1e-13)
+    aim = z @ WEIGHT.T + y + (0 if bias is None else bias)
+    full = z if bias is None else torch.cat([z, torch.ones(100, 1)], 1)
+    solution = torch.linalg.lstsq(full, aim).solution
+    torch.testing.assert_close(weight, solution[:20].T, rtol=1e-6, atol=1e-8)
+    if bias is None:
+        assert fitted_bias is None
+    else:
+        torch.testing.assert_close(fitted_bias, solution[20], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [30, 300, 10_000])
+@pytest.mark.parametrize("bias", [None, torch.zeros(D, dtype=torch.float64)])
+def test_down_proj_learns_what_there_is_to_learn_beside_sinks(scale, bias):
+    """An update that some projection makes exactly of all tokens is found, and with more tokens through more noise."""
+    wanted, (sinks, _) = rows(D, seed=11, width=20) / 4, make_sinks(scale)
+    shift = 0 if bias is None else 0.5
+    for noise, shares in ((0, (1e-6, 1e-6)), (2, (0.5, 0.02))):
+        for num_rows, share in zip((200, 4_000), shares, strict=True):
+            z = rows(num_rows, width=20)
+            exact = z @ wanted.T + shift
+            fitted = refit(z, exact + noise * rows(num_rows, seed=12), bias=bias, sinks=(sinks, sinks @ wanted.T + shift))
+            assert residual_share(z, exact, fitted) < share
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_down_proj_does_not_depend_on_scale(scale):
+    """As large inputs, updates and weights as one likes: the same choice of λ, and the same fit but for scale."""
+    z, y, sinks = rows(60, width=20), rows(60, seed=1), make_sinks(100)
+    plain = refit(z, y, sinks=sinks)[0] - WEIGHT
+    for in_scale, out_scale in ((scale, scale), (scale, 1), (1, scale)):
+        scaled = refit(z * in_scale, y * out_scale, sinks=(sinks[0] * in_scale, sinks[1] * out_scale))[0] - WEIGHT
+        torch.testing.assert_close(scaled * in_scale / out_scale, plain, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [30, 10_000])
+def test_one_more_sink_changes_no_ordinary_token(scale):
+    """A sink in a direction of its own, whatever it asks for."""
+    z = torch.cat([rows(60, width=19), torch.zeros(60, 1)], 1)
+    y, sink = rows(60, seed=1), torch.zeros(1, 20, dtype=torch.float64)
+    sink[0, -1] = scale
+    without, with_it = refit(z, y), refit(z, y, sinks=(sink, scale * rows(1, seed=8)))
+    # One token more of 61 is that much more penalty.
+    torch.testing.assert_close(z @ with_it[0].T, z @ without[0].T, rtol=0, atol=0.02)
+    torch.testing.assert_close(with_it[0][:, -1] - WEIGHT[:, -1], rows(1, seed=8)[0], rtol=0.2, atol=0.05)
 
 
 def stream() -> torch.Tensor:

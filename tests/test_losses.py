@@ -83,7 +83,7 @@ def test_stream_losses_of_equal_streams_vanish(loss):
 
 
 def test_values_of_stream_losses():
-    ones, threes = [torch.ones(1, 2, 4)] * 2, [torch.full((1, 2, 4), 3.0)] * 2
+    ones, threes = [torch.ones(1, 3, 4)] * 2, [torch.full((1, 3, 4), 3.0)] * 2
     assert float(layer_mse(ones, threes)) == pytest.approx(8)  # a sum over layers
     assert float(square_head(ones, threes)) == pytest.approx(4 / 9)  # a mean over layers
     assert float(cosine_distance(ones, threes)) == pytest.approx(0, abs=1e-6)
@@ -95,6 +95,32 @@ def test_square_head_does_not_depend_on_scale(scale):
     """Every layer counts alike, however large its stream."""
     scaled = float(square_head([s * scale for s in streams(0)], [t * scale for t in streams(1)]))
     assert scaled == pytest.approx(float(square_head(streams(0), streams(1))), rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", [layer_mse, square_head])
+@given(scale=st.floats(10, 1e4), miss=st.floats(-1, 1), sinks=st.sets(st.integers(1, 15), max_size=3))
+def test_sinks_rule_no_loss_of_streams(loss, scale, miss, sinks):
+    """Whatever the first token and massive activations are, and however badly met: value and gradient are the others'."""
+    generator, ordinary = torch.Generator().manual_seed(0), [i for i in range(16) if i not in sinks | {0}]
+    s, t = torch.randn(2, 1, 16, 8, generator=generator).unbind()
+    t[:, [0, *sinks]] = scale * t.norm(dim=-1, keepdim=True).amax() * torch.ones(8) / 8**0.5
+    s[:, [0, *sinks]] = (1 + miss) * t[:, [0, *sinks]]
+    s.requires_grad_()
+    found = loss([s], [t])
+    error = (s - t)[:, ordinary].square().mean()
+    expected = error if loss is layer_mse else error / (t[:, ordinary].square().mean() + 1e-6)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, s)[0] for value in (found, expected)))
+
+
+@pytest.mark.parametrize("loss", [layer_mse, square_head, cosine_distance])
+def test_a_batch_is_the_mean_of_its_windows_whatever_sinks_they_have(loss):
+    """So passes and ranks, which share windows out, find together what one finds alone."""
+    s, t = streams(0), streams(1)
+    for stream in t:
+        stream[0, 2:4] *= 1000
+    parts = [float(loss([each[i : i + 1] for each in s], [each[i : i + 1] for each in t])) for i in range(2)]
+    assert float(loss(s, t)) == pytest.approx(sum(parts) / 2)
 
 
 @given(st.integers(0, 99), st.integers(0, 99))

@@ -34,6 +34,7 @@ class Case:
     trained: str
     changes: dict
     measured: bool = True
+    dtype: str = "float32"
 
 
 CASES = {
@@ -46,12 +47,13 @@ CASES = {
     "checkpointed": Case("mistral", "lora", {"gradient_checkpointing": True}),
     "with the teacher's streams": Case("llama", "lora", {"loss": {"layer_mse": 1.0, "cosine": 1.0}}),
     "with its logits too": Case("llama", "lora", {"loss": {"square_head": 1.0}}, measured=False),
+    "in float16": Case("llama", "lora", {}, dtype="float16"),
 }
 
 
 def make_run(case: Case, folder: Path, *, streamed: bool) -> DistillationRun:
     """Of a model without block 2, which a map stands for, if maps are trained, and nothing else."""
-    teacher = load_model(str(folder / case.family), dtype="float32", streamed=streamed)
+    teacher = load_model(str(folder / case.family), dtype=case.dtype, streamed=streamed)
     student = copy_model(teacher)
     maps = {} if case.family == "gpt2" else {2: AffineMap(torch.zeros(32, 32), torch.zeros(32))}
     apply_replacement(student, Replacement((2,), maps))
@@ -60,7 +62,10 @@ def make_run(case: Case, folder: Path, *, streamed: bool) -> DistillationRun:
     settings = Distillation(num_tokens=num_tokens, trained=case.trained, **changes)
     measured = [measure_targets(teacher, windows) for windows in (WINDOWS, HELD_OUT)]
     lesson = Lesson(WINDOWS, measured[0] if case.measured else None, HELD_OUT, measured[1])
-    return DistillationRun(student, teacher, lesson, settings, replaced=(2,))
+    run = DistillationRun(student, teacher, lesson, settings, replaced=(2,))
+    if case.dtype == "float16":  # overflows at first, which all ranks have to notice
+        run.descent.scaler.load_state_dict(run.descent.scaler.state_dict() | {"scale": 2.0**40})
+    return run
 
 
 def result_of(run: DistillationRun) -> tuple[list[dict], Tensor | None]:

@@ -17,16 +17,27 @@ from shoal.evaluate import Collapsed
 from shoal.recipe import Steps
 from shoal.shard import gather, is_sharded, local, share_like, whole
 
+# Below it, gradients of float16 would vanish rather than overflow.
+MIN_LOSS_SCALE = 2.0**-16
+
 
 class Diverged(Collapsed):
-    """The training loss is not finite; the weights are those of the step before."""
+    """The training loss, or its gradient, is not finite; the weights are those of the step before."""
 
 
 class Descent:
-    """AdamW with warm-up and decay of the learning rate, over all windows in a new order every epoch."""
+    """AdamW with warm-up and decay of the learning rate, over all windows in a new order every epoch.
 
-    def __init__(self, trained: Sequence[nn.Parameter], settings: Steps, *, num_windows: int, seed: int):
+    Where products are computed in float16, whose least number is 6e-8, the loss is scaled for the way back: without that,
+    the gradients of many tokens' mean are zeros near the optimum (Micikevicius et al. 2018, arXiv 1710.03740).
+    """
+
+    def __init__(
+        self, trained: Sequence[nn.Parameter], settings: Steps, *,
+        num_windows: int, seed: int, dtype: torch.dtype = torch.float32,
+    ):  # fmt: skip
         self.trained, self.settings = list(trained), settings
+        self.scaler = torch.amp.GradScaler(self.trained[0].device.type, enabled=dtype == torch.float16)
         self.is_sharded = is_sharded(self.trained[0])
         self.num_windows, self.seed = num_windows, seed
         self.step = 0
@@ -43,32 +54,49 @@ class Descent:
         """One optimiser step down the sum of `find_losses(rows)` [num_losses], each a mean over the windows `rows`.
 
         Returns the losses, means over the step's windows, and {step, num_tokens, learning_rate, gradient_norm}.
-        Raises `Diverged` on a loss that is not finite.
+        Raises `Diverged` on a loss or gradient that is not finite.
         """
-        settings = self.settings
-        total = torch.zeros(num_losses, dtype=torch.float64, device=self.trained[0].device)
-        for rows, share in self._passes():
-            losses = find_losses(rows) * share
-            losses.sum().backward()
-            total += losses.detach()
-        self._sum_over_ranks(total)
-        if not bool(total.isfinite().all()):
-            raise Diverged(
-                f"the training loss became {float(total.sum())} at step {self.step + 1} of {settings.num_steps} with "
-                f"learning_rate={settings.learning_rate:g}; the last good weights are kept: use a lower learning rate"
-            )
-        norm = nn.utils.clip_grad_norm_(self.trained, settings.max_gradient_norm)
+        total, norm = self._find_gradients(find_losses, num_losses)
+        while not bool(norm.isfinite()):
+            if not self.scaler.is_enabled() or self.scaler.get_scale() <= MIN_LOSS_SCALE:
+                raise Diverged(self._describe("gradient", norm))
+            # The same windows again: a step that overflows is not lost. All ranks see the same norm.
+            self.scaler.update(self.scaler.get_scale() / 2)
+            total, norm = self._find_gradients(find_losses, num_losses)
         learning_rate = float(self.schedule.get_last_lr()[0])
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return total, {
             "step": self.step,
-            "num_tokens": self.step * settings.windows_per_step * settings.window,
+            "num_tokens": self.step * self.settings.windows_per_step * self.settings.window,
             "learning_rate": learning_rate,
-            "gradient_norm": float(whole(norm)),
+            "gradient_norm": float(norm),
         }
+
+    def _find_gradients(self, find_losses: Callable[[Tensor], Tensor], num_losses: int) -> tuple[Tensor, Tensor]:
+        """The step's losses, and the norm that its gradients had before they were clipped."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(num_losses, dtype=torch.float64, device=self.trained[0].device)
+        scale = self.scaler.scale(torch.ones((), device=total.device))
+        for rows, share in self._passes():
+            losses = find_losses(rows) * share
+            (losses.sum() * scale).backward()
+            total += losses.detach()
+        self._sum_over_ranks(total)
+        if not bool(total.isfinite().all()):
+            raise Diverged(self._describe("training loss", total.sum()))
+        self.scaler.unscale_(self.optimizer)
+        return total, whole(nn.utils.clip_grad_norm_(self.trained, self.settings.max_gradient_norm))
+
+    def _describe(self, what: str, value: Tensor) -> str:
+        settings, dtypes = self.settings, ", or bfloat16 or float32 instead of float16" if self.scaler.is_enabled() else ""
+        return (
+            f"the {what} became {float(value)} at step {self.step + 1} of {settings.num_steps} with learning_rate="
+            f"{settings.learning_rate:g}; the last good weights are kept: use a lower learning rate{dtypes}"
+        )
 
     def _passes(self) -> list[tuple[Tensor, float]]:
         """This rank's windows of the step, some at a time, and their share of the step's.
@@ -107,6 +135,7 @@ class Descent:
             "weights": self.gather_weights(),
             "optimizer": optimizer | {"state": moments},
             "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -120,6 +149,8 @@ class Descent:
         }
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.schedule.load_state_dict(state["schedule"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
 
     def gather_weights(self) -> list[Tensor]:
         """The trained weights as they are now, whole; where they are shared out, rank 0 alone has them."""

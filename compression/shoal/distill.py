@@ -86,7 +86,7 @@ class DistillationRun:
         if settings.gradient_checkpointing:
             checkpoint_gradients(self.student)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
-        self.descent = Descent(self.trained, settings, num_windows=len(lesson.windows), seed=seed)
+        self.descent = Descent(self.trained, settings, num_windows=len(lesson.windows), seed=seed, dtype=self.dtype)
         self.best_kl, self.checks_since_best = math.inf, 0
         self.best_weights = self.descent.copy_weights()
 

@@ -1,8 +1,9 @@
-"""Affine maps in closed form, from the sums of a `Gram`: no optimiser, float64 throughout.
+"""Least squares in closed form, from the sums of a `Gram`: no optimiser, float64 throughout.
 
 Every map is y = x + M x + b with ridge toward M = 0, the identity on the stream: with few tokens that is closer to
-the truth than ridge toward zero. The penalty is λ times the mean variance of an *ordinary* token's coordinate;
-sinks would make the mean thousands of times larger and shrink every useful direction.
+the truth than ridge toward zero. Every `down_proj` that is fitted again has ridge toward its old value. The penalty
+is λ times the mean variance of an *ordinary* token's coordinate, for each token; sinks would make the mean thousands
+of times larger and shrink every useful direction. They are fitted, but λ is judged on ordinary tokens alone.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from shoal.replace import AffineMap, Replacement, find_runs
 
 # The error over λ is flat for a decade on either side of its minimum: a coarse grid loses nothing.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-# λ of .5, .1 and .01 for down_proj gave perplexities within 3 % of each other (SmolLM2-135M, 6 blocks); .1 was lowest.
-DOWN_PROJ_RIDGE = 0.1
 
 
 def fit_affine(
@@ -28,16 +27,10 @@ def fit_affine(
     λ is `ridge`, or the best of `RIDGES` on `held_out`; then all sums are fitted. With `rank`, the update is the
     best of that rank for the fitted tokens (reduced-rank regression, Izenman 1975).
     """
-    everything = ordinary + sinks
-    if ridge is None:
-        assert held_out is not None, "without ridge, fit_affine needs held-out sums to choose one"
-        candidates = [_solve(everything, ordinary, candidate) for candidate in RIDGES]
-        best = min(range(len(RIDGES)), key=lambda i: _held_out_error(candidates[i], everything, held_out))
-        ridge = RIDGES[best]
-    if held_out is not None:  # has done its work: λ is known, and all tokens fit the map
-        everything, ordinary = everything + held_out, ordinary + held_out
-    update_xy = _solve(everything, ordinary, ridge)
-    n = everything.num_tokens[0]
+    held = None if held_out is None else held_out.to_update()
+    ordinary = ordinary.to_update()
+    variance = _mean_variance(ordinary if held is None else ordinary + held)
+    update_xy, everything = _fit(ordinary + sinks.to_update(), held, variance, ridge)
     if rank is None:
         factors: Tensor | tuple[Tensor, Tensor] = update_xy.T.contiguous()
         matrix = update_xy
@@ -45,36 +38,56 @@ def fit_affine(
         output, basis = _truncate(update_xy, everything.centred()[0], rank)
         matrix = basis @ output
         factors = (output.T.contiguous(), basis.T.contiguous())
-    bias = (everything.sum_y[0] - everything.sum_x[0]) / n - (everything.sum_x[0] / n) @ matrix
+    bias = _find_intercept(matrix, everything)
     as_float = tuple(f.float() for f in factors) if isinstance(factors, tuple) else factors.float()
     return AffineMap(as_float, bias.float())  # type: ignore[arg-type]
 
 
-def _solve(gram: Gram, ordinary: Gram, ridge: float) -> Tensor:
-    """M [d, d] of x → y − x (rows times M), with ridge toward 0."""
+def _fit(gram: Gram, held_out: Gram | None, variance: Tensor, ridge: float | None) -> tuple[Tensor, Gram]:
+    """M [d, e] of x → y of the first pair, rows times M, with ridge toward 0; and the sums of all tokens, which it fits.
+
+    λ is `ridge`, or the best of `RIDGES` on the held-out tokens, which are fitted too once that is known.
+    """
+    if ridge is None:
+        assert held_out is not None, "without ridge, held-out sums have to choose one"
+        errors = [_held_out_error(_solve(gram, candidate * variance), gram, held_out) for candidate in RIDGES]
+        ridge = RIDGES[min(range(len(RIDGES)), key=errors.__getitem__)]
+    if held_out is not None:
+        gram = gram + held_out
+    return _solve(gram, ridge * variance), gram
+
+
+def _mean_variance(gram: Gram) -> Tensor:
+    """Of the coordinates of x of the first pair."""
+    xx, _, _ = gram.centred()
+    return xx.trace() / gram.num_tokens[0].clamp(min=1) / len(xx)
+
+
+def _solve(gram: Gram, penalty: Tensor) -> Tensor:
     xx, xy, _ = gram.centred()
-    scale = ordinary.centred()[0].trace() / max(float(ordinary.num_tokens[0]), 1.0) * float(gram.num_tokens[0]) / len(xx)
-    return _solve_positive(xx, xy - xx, ridge * scale)
+    return _solve_positive(xx, xy, penalty * gram.num_tokens[0])
 
 
-def _solve_positive(gram: Tensor, target: Tensor, penalty: Tensor | float) -> Tensor:
-    """(gram + penalty · I)⁻¹ target by Cholesky; by eigenvalues where the matrix is singular."""
-    penalised = gram.clone()
-    penalised.diagonal().add_(penalty)
-    factor, failed = torch.linalg.cholesky_ex(penalised)
+def _find_intercept(update_xy: Tensor, gram: Gram) -> Tensor:
+    return (gram.sum_y[0] - gram.sum_x[0] @ update_xy) / gram.num_tokens[0]
+
+
+def _solve_positive(gram: Tensor, target: Tensor, penalty: Tensor) -> Tensor:
+    """(gram + penalty · I)⁻¹ target by Cholesky; by eigenvalues where the matrix is singular. Changes `gram`."""
+    gram.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(gram)
     if not failed:
         return torch.cholesky_solve(target, factor)
-    return torch.linalg.pinv(penalised, hermitian=True) @ target
+    return torch.linalg.pinv(gram, hermitian=True) @ target
 
 
 def _held_out_error(update_xy: Tensor, fitted: Gram, held: Gram) -> float:
     """Σ ‖y − ŷ‖² over held-out tokens, up to a constant, with the fitted tokens' intercept."""
     xx, xy, _ = held.centred()
-    target = xy - xx
     n, m = held.num_tokens[0].clamp(min=1), fitted.num_tokens[0]
     gap_x = held.sum_x[0] / n - fitted.sum_x[0] / m
-    gap_y = (held.sum_y[0] - held.sum_x[0]) / n - (fitted.sum_y[0] - fitted.sum_x[0]) / m
-    error = -2 * (update_xy * target).sum() + (update_xy * (xx @ update_xy)).sum()
+    gap_y = held.sum_y[0] / n - fitted.sum_y[0] / m
+    error = -2 * (update_xy * xy).sum() + (update_xy * (xx @ update_xy)).sum()
     return float(error + n * (gap_y - gap_x @ update_xy).square().sum())
 
 
@@ -88,13 +101,19 @@ def _truncate(update_xy: Tensor, xx: Tensor, rank: int) -> tuple[Tensor, Tensor]
     return directions.T, update_xy @ directions
 
 
-def fit_down_proj(gram: Gram, weight: Tensor, *, ridge: float = DOWN_PROJ_RIDGE) -> Tensor:
-    """The projection [out, in] that adds the missing y of the first pair to what `weight` makes of inputs z.
+def fit_down_proj(
+    gram: Gram, weight: Tensor, bias: Tensor | None = None, *, held_out: Gram, ridge: float | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The projection [out, in], and its bias if it has one, that adds the missing y of the first pair to what it makes.
 
-    Ridge toward `weight`, λ relative to the mean diagonal of Σ z zᵀ; no intercept, as most models have no bias there.
+    Ridge toward `weight`; λ is `ridge`, or the best of `RIDGES` on `held_out`, the sums of ordinary tokens alone. Sinks are
+    in `gram`. A projection without bias gets none: it is fitted through the origin.
     """
-    zz = gram.xx[0]
-    return (weight.T.double() + _solve_positive(zz, gram.xy[0], ridge * zz.trace() / len(zz))).T
+    if bias is None:
+        gram, held_out = gram.through_origin(), held_out.through_origin()
+    update_zy, everything = _fit(gram, held_out, _mean_variance(held_out), ridge)
+    fitted = weight.double() + update_zy.T
+    return fitted, None if bias is None else bias.double() + _find_intercept(update_zy, everything)
 
 
 def fit_independent(

@@ -103,6 +103,23 @@ class Gram:
             rest**2 * traces[0] + 2 * rest * factor * traces[1] + factor**2 * self.yy,
         )
 
+    def to_update(self) -> Gram:
+        """The sums of the pairs (x, y − x), of equal width."""
+        traces = [matrix.diagonal(dim1=-2, dim2=-1).sum(-1) for matrix in (self.xx, self.xy)]
+        return Gram(
+            self.num_tokens,
+            self.sum_x,
+            self.sum_y - self.sum_x,
+            self.xx,
+            self.xy - self.xx,
+            self.yy - 2 * traces[1] + traces[0],
+        )
+
+    def through_origin(self) -> Gram:
+        """The sums for a fit without intercept: means count as zero."""
+        none_x, none_y = torch.zeros_like(self.sum_x), torch.zeros_like(self.sum_y)
+        return Gram(self.num_tokens, none_x, none_y, self.xx, self.xy, self.yy)
+
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
         """Covariance sums of the first pair: Σ (x−x̄)(x−x̄)ᵀ [d, d], Σ (x−x̄)(y−ȳ)ᵀ [d, e], Σ ‖y−ȳ‖² []."""
         n = self.num_tokens[0].clamp(min=1)

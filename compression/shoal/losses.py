@@ -1,4 +1,7 @@
-"""Distillation losses. Each is a mean over tokens; B batch, T time, V vocabulary, K top tokens of the teacher."""
+"""Distillation losses. Each is a mean over tokens.
+
+B batch, T time, V vocabulary, K top tokens of the teacher, d hidden size.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shoal.moments import find_sinks, measure_norms
 from shoal.recipe import LossWeights
 
 # A log probability is a difference of float32 numbers of up to 40, right to 4e-6: of a smaller rest, nothing is known.
@@ -95,21 +99,28 @@ def _log_rest(log_probs: Tensor) -> Tensor:
 
 
 def layer_mse(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean squared error of the streams, summed over layers (arXiv 2405.12250 §5)."""
-    return torch.stack([functional.mse_loss(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)]).sum()
+    """Mean squared error of the streams [B, T, d] over ordinary tokens, summed over layers (arXiv 2405.12250 §5)."""
+    return torch.stack([_mean_square(s.float() - t.float(), t).mean() for s, t in zip(student, teacher, strict=True)]).sum()
 
 
 def square_head(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean squared error relative to the teacher's energy, mean over layers (SquareHead, arXiv 2310.06927).
-
-    The energy is that of each window [time, d] and not of a batch of them: passes and ranks, which share a batch out, would
-    weigh its windows differently.
-    """
+    """Mean squared error relative to the teacher's energy, over ordinary tokens, mean over layers (arXiv 2310.06927)."""
     ratios = []
     for s, t in zip(student, teacher, strict=True):
-        error = (s.float() - t.float()).square().flatten(1).mean(1)
-        ratios.append((error / (t.float().square().flatten(1).mean(1) + 1e-6)).mean())
+        ratios.append((_mean_square(s.float() - t.float(), t) / (_mean_square(t.float(), t) + 1e-6)).mean())
     return torch.stack(ratios).mean()
+
+
+def _mean_square(values_btd: Tensor, teacher_btd: Tensor) -> Tensor:
+    """The mean square [B] over the tokens of each window that are ordinary in the teacher's stream.
+
+    One sink can have thousands of times the energy of all other tokens together, and would be all that is learned. Means
+    are those of each window and not of a batch of them: passes and ranks, which share a batch out, would weigh its windows
+    differently.
+    """
+    square_bt = values_btd.square().mean(-1)
+    sink_bt = find_sinks(measure_norms(teacher_btd)[1]).view(square_bt.shape)
+    return square_bt.masked_fill(sink_bt, 0).sum(1) / (~sink_bt).sum(1).clamp(min=1)
 
 
 def cosine_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

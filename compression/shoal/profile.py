@@ -135,7 +135,8 @@ def evaluate_beside(
     sizes = [text_config(one).vocab_size for one in (model, teacher)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"{name!r} has a vocabulary of {sizes[0]} tokens and {base!r} one of {sizes[1]}: they cannot be compared token by token"
+            f"{name!r} has a vocabulary of {sizes[0]} tokens and {base!r} one of {sizes[1]}: they cannot be compared "
+            "token by token"
         )
     trained_on = recipe.training_texts if recipe else []
     evaluation = load_evaluation(texts, load_tokenizer(base, revision=revision), trained_on)

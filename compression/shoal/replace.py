@@ -64,16 +64,19 @@ class Replacement:
     """What stands in for the replaced blocks.
 
     `maps` holds one affine map for each run of neighbouring replaced blocks, by the run's first block; runs without
-    one are dropped or folded. `down_proj` holds new weights [out, in] of kept blocks, by their index.
+    one are dropped or folded. `down_proj` holds new weights [out, in] of kept blocks, by their index, and `down_bias` the
+    new biases [out] of those that have one.
     """
 
     blocks: tuple[int, ...]
     maps: dict[int, AffineMap] = field(default_factory=dict)
     down_proj: dict[int, Tensor] = field(default_factory=dict)
+    down_bias: dict[int, Tensor] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file, aside and renamed."""
         tensors = {f"down_proj.{block}": weight for block, weight in self.down_proj.items()}
+        tensors |= {f"down_bias.{block}": bias for block, bias in self.down_bias.items()}
         for block, affine in self.maps.items():
             parts = affine.update if isinstance(affine.update, tuple) else (affine.update,)
             tensors |= {f"map.{block}.update.{i}": part for i, part in enumerate(parts)}
@@ -98,6 +101,8 @@ class Replacement:
             what, block, *part = name.split(".")
             if what == "down_proj":
                 replacement.down_proj[int(block)] = tensor
+            elif what == "down_bias":
+                replacement.down_bias[int(block)] = tensor
             elif part == ["bias"]:
                 second = tensors.get(f"map.{block}.update.1")
                 first = tensors[f"map.{block}.update.0"]
@@ -131,7 +136,9 @@ def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
     for index, weight in replacement.down_proj.items():
         projection = find_down_proj(blocks[index], width)
         assert projection is not None
-        _set_weight(blocks[index], projection, _as_stored(projection, weight))
+        _set(blocks[index], projection, "weight", _as_stored(projection, weight))
+        if index in replacement.down_bias:
+            _set(blocks[index], projection, "bias", replacement.down_bias[index])
     kept = [index for index in range(len(blocks)) if index not in replacement.blocks]
     drop_blocks(model, replacement.blocks)
     entries = []
@@ -165,13 +172,14 @@ def holds_own_modules(model: PreTrainedModel) -> bool:
     return any(getattr(config, name, None) for name in modeling_shoal.OWN_MODULES)
 
 
-def _set_weight(block: nn.Module, projection: nn.Linear | Conv1D, weight: Tensor) -> None:
+def _set(block: nn.Module, projection: nn.Linear | Conv1D, what: str, value: Tensor) -> None:
     on_disk = weights_on_disk(block)
     if on_disk is None:
-        projection.weight.data = weight.to(projection.weight)
+        parameter = projection.get_parameter(what)
+        parameter.data = value.to(parameter)
         return
     name = next(name for name, module in block.named_modules() if module is projection)
-    on_disk.weights_map[f"{name}.weight"] = weight
+    on_disk.weights_map[f"{name}.{what}"] = value
 
 
 def weight_of(projection) -> Tensor:

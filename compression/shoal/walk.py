@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shoal.blocks import find_blocks, find_down_proj, text_config, width_in
+from shoal.blocks import find_blocks, find_down_proj, width_in
 from shoal.calls import Call, embed, record_calls
 from shoal.down_proj import find_gain
 from shoal.fit import fit_affine, fit_down_proj
@@ -50,8 +50,10 @@ def fit_in_order(
     `down_proj` of every kept block after the first replaced one is fitted again toward the teacher's stream. Kept blocks
     that scale by their place compute as they will in the shorter model. `on_progress` hears the blocks done.
 
-    Raises ValueError if the kind does not suit the model or the blocks.
+    Raises ValueError if the kind does not suit the model or the blocks, or for a single window.
     """
+    if len(windows) < 2:
+        raise ValueError("a single window cannot be fitted on, as every other batch is held out: give two or more")
     decoder = find_blocks(model)
     runs = {run.start: run for run in find_runs(blocks)}
     if kind == "folded" and 0 in runs:
@@ -85,8 +87,10 @@ def fit_in_order(
                 wanted = stop > block + 1 or (refit_down_proj and not shared)
                 found = _find_refittable(kept, calls[block], student[0]) if wanted else None
                 if found is not None:
-                    student, weight = _refit_block(kept, *found, calls[block], student, aim)
+                    student, weight, bias = _refit_block(kept, *found, calls[block], student, aim)
                     replacement.down_proj[block] = weight
+                    if bias is not None:
+                        replacement.down_bias[block] = bias
                 else:
                     student = aim if shared else [calls[block].run(kept, batch) for batch in student]
             teacher, block = aim, stop
@@ -112,12 +116,19 @@ def _fit_map(student: Stream, aim: Stream, *, ridge: float | None, rank: int | N
     width, device = student[0].shape[-1], student[0].device
     ordinary, sinks, held = (Gram.zeros(1, width, width, device) for _ in range(3))
     for index, (x_btd, y_btd) in enumerate(zip(student, aim, strict=True)):
-        x_nd, y_nd = x_btd.flatten(0, 1), y_btd.flatten(0, 1)
-        apart_n = find_sinks(measure_norms(x_btd)[1]) | find_sinks(measure_norms(y_btd)[1])
-        sinks.add(0, x_nd[apart_n], y_nd[apart_n])
-        half = held if index % 2 else ordinary
-        half.add(0, x_nd.masked_fill(apart_n[:, None], 0), y_nd, ~apart_n)
+        sink_n = _find_all_sinks(x_btd, y_btd)
+        _add_apart(held if index % 2 else ordinary, sinks, x_btd.flatten(0, 1), y_btd.flatten(0, 1), sink_n)
     return fit_affine(ordinary, sinks, held_out=held, ridge=ridge, rank=rank)
+
+
+def _find_all_sinks(*streams_btd: Tensor) -> Tensor:
+    """Which tokens [N] are sinks in any of the streams."""
+    return torch.stack([find_sinks(measure_norms(stream)[1]) for stream in streams_btd]).any(0)
+
+
+def _add_apart(ordinary: Gram, sinks: Gram, x_nd: Tensor, y_ne: Tensor, sink_n: Tensor) -> None:
+    sinks.add(0, x_nd[sink_n], y_ne[sink_n])
+    ordinary.add(0, x_nd.masked_fill(sink_n[:, None], 0), y_ne, ~sink_n)
 
 
 def _apply(affine: AffineMap, stream_btd: Tensor) -> Tensor:
@@ -133,30 +144,35 @@ def _find_refittable(block: nn.Module, call: Call, stream: Tensor) -> tuple[nn.L
 
 def _refit_block(
     block: nn.Module, projection: nn.Linear | Conv1D, gain: float, call: Call, student: Stream, aim: Stream
-) -> tuple[Stream, Tensor]:
-    """The student's stream after the block with `down_proj` fitted toward the aim, and its new weight [out, in]."""
-    weight, on_disk = weight_of(projection), weights_on_disk(block) is not None
-    gram = Gram.zeros(1, width_in(projection), weight.shape[0], weight.device)
+) -> tuple[Stream, Tensor, Tensor | None]:
+    """The student's stream after the block with `down_proj` fitted toward the aim; its new weight [out, in] and bias.
+
+    Every other batch is held out to choose λ. The block multiplies what the projection makes by `gain`.
+    """
+    weight, bias, on_disk = weight_of(projection), projection.bias, weights_on_disk(block) is not None
+    gram, held = (Gram.zeros(1, width_in(projection), weight.shape[0], weight.device) for _ in range(2))
     inputs: Stream = []
     outputs: Stream = []
     hook = projection.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
     try:
-        for batch, wanted in zip(student, aim, strict=True):
+        for index, (batch, wanted) in enumerate(zip(student, aim, strict=True)):
             output = call.run(block, batch)
-            gram.add(0, inputs[-1].reshape(-1, inputs[-1].shape[-1]), ((wanted - output) / gain).flatten(0, 1))
+            z_btf = inputs[-1].view(*output.shape[:-1], -1)
+            sink_n, missing_nd = _find_all_sinks(batch, wanted, z_btf), ((wanted - output) / gain).flatten(0, 1)
+            _add_apart(held if index % 2 else gram, gram, z_btf.flatten(0, 1), missing_nd, sink_n)
             outputs.append(output)
             if on_disk:  # memory is short: the inputs, several times as wide as the stream, are computed again
                 inputs.clear()
-        fitted = fit_down_proj(gram, weight).to(weight)
-        change = fitted - weight
+        fitted, fitted_bias = (t if t is None else t.to(weight) for t in fit_down_proj(gram, weight, bias, held_out=held))
+        change, shift = fitted - weight, 0 if fitted_bias is None else fitted_bias - bias
         for index, batch in enumerate(student):
             if on_disk:
                 call.run(block, batch)
             z_btf = inputs.pop() if on_disk else inputs[index]
-            outputs[index] = outputs[index] + gain * (z_btf @ change.T).view_as(outputs[index])
+            outputs[index] = outputs[index] + gain * (z_btf @ change.T + shift).view_as(outputs[index])
     finally:
         hook.remove()
-    return outputs, keep_off_memory(fitted) if on_disk else fitted
+    return outputs, keep_off_memory(fitted) if on_disk else fitted, fitted_bias
 
 
 def _require_foldable(model: PreTrainedModel, runs: dict[int, range], calls: list[Call], stream: Tensor) -> None:

@@ -92,7 +92,7 @@ class TrialWork:
         if self.recipe.refit_down_proj:
             operations += tokens * shape.refit_operations()
             seconds += self.student.solve_operations() / reached_64(self.hardware)
-            sums = 3 * 8 * shape.mlp_width**2
+            sums = 5 * 8 * shape.mlp_width**2  # of both halves and of all, centred, and a factor
         if self.streamed:  # the wide inputs of `down_proj` are computed again, not kept
             streams = tokens * 4 * shape.width * self.dtype_bytes
             operations += tokens * shape.forward_operations(self.config.texts.window)
