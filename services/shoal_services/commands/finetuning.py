@@ -57,7 +57,7 @@ def finetune(
     batch_size: Annotated[int, typer.Option(help="Examples per step, over all workers.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens of a text; of longer ones the end is kept.")] = 256,
     text: TrainText = ["wikipedia-sample"],  # noqa: B006
-    calibration_tokens: Tokens = 32_768,
+    calibration_tokens: Tokens = None,
     window: Window = 1024,
     dtype: Dtype = None,
     revision: Revision = None,

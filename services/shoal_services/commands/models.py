@@ -53,7 +53,7 @@ class SelectionName(StrEnum):
 def profile(
     models: Annotated[list[str], typer.Argument(help="Hub ids, folders, .gguf files, or aliases; several are compared.")],
     text: TrainText = ["wikipedia-sample"],  # noqa: B006
-    calibration_tokens: Tokens = 32_768,
+    calibration_tokens: Tokens = None,
     window: FittingWindow = None,
     dtype: Dtype = None,
     revision: Annotated[
@@ -145,7 +145,7 @@ def compress(
     trained: Annotated[str, typer.Option(help="What distillation trains: maps, lora (and maps), all.")] = "lora",
     text: TrainText = ["wikipedia-sample"],  # noqa: B006
     evaluation_text: EvaluationText = ["wikipedia-sample"],  # noqa: B006
-    calibration_tokens: Tokens = 32_768,
+    calibration_tokens: Tokens = None,
     evaluation_tokens: EvaluationTokens = 16_384,
     window: FittingWindow = None,
     dtype: Dtype = None,

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 def probe(
     models: Annotated[list[str], typer.Argument(help="Hub ids, folders, .gguf files, or aliases; shown side by side.")],
-    data: Annotated[Path, typer.Option(help="Labelled texts: .jsonl with the fields text and label.")],
+    data: Annotated[
+        str, typer.Option(help="Labelled texts: .jsonl, .parquet or Hub dataset with the columns text and label.")
+    ],
     window: Annotated[int, typer.Option(min=1, help="Tokens of each text at most.")] = 256,
     folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
@@ -116,7 +118,7 @@ def splice(
     model: Model,
     text: TrainText = ["wikipedia-sample"],  # noqa: B006
     evaluation_text: EvaluationText = ["wikipedia-sample"],  # noqa: B006
-    calibration_tokens: Tokens = 32_768,
+    calibration_tokens: Tokens = None,
     evaluation_tokens: EvaluationTokens = 4_096,
     window: Window = 1024,
     dtype: Dtype = None,
