@@ -195,6 +195,6 @@ def test_too_few_tokens_are_refused_before_they_are_read(llama, windows, num_win
         score_blocks(measure_moments(llama, few))
     else:
         with pytest.raises(
-            ValueError, match="calibration tokens are too few for a hidden size of 32.* give 512 tokens or more"
+            ValueError, match=r"calibration tokens are too few for a hidden size of 32.* give 512 tokens or more"
         ):
             require_calibration(few, llama)
