@@ -282,7 +282,9 @@ def test_labels_that_cannot_be_probed_are_refused(shoal, tmp_path):
     assert_refused(shoal("probe", "tiny-random", "--data", one), "'one.jsonl' has the one label 'a'")
     few = write_labelled(tmp_path / "few.jsonl", "aaaaaaab")
     assert_refused(shoal("probe", "tiny-random", "--data", few), "has 1 texts with label 'b': 5 folds need 5")
-    assert_refused(shoal("probe", "tiny-random", "--data", "gone.jsonl"), "No such file or directory: gone.jsonl")
+    assert_refused(
+        shoal("probe", "tiny-random", "--data", "gone.jsonl"), "text file 'gone.jsonl' does not exist; check the path"
+    )
 
 
 def test_a_judge_that_is_not_there_is_refused_and_the_stories_are_kept(shoal, tmp_path):

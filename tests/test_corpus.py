@@ -6,11 +6,11 @@ import pytest
 import transformers
 from conftest import write_prose
 from pydantic import ValidationError
-from shoal.corpus import load_corpus
+from shoal.corpus import load_corpus, load_evaluation
 from shoal.recipe import Texts
 from shoal.text import check_overlap
 
-CONFIG = transformers.LlamaConfig(max_position_embeddings=256)
+CONFIG = transformers.LlamaConfig(hidden_size=32, max_position_embeddings=256)
 SMALL = {"calibration_tokens": 4096, "evaluation_tokens": 2048, "selection_tokens": 1024, "window": 64}
 
 
@@ -43,7 +43,7 @@ def test_without_distillation_its_window_does_not_matter(prose, tokenizer):
 
 @pytest.mark.parametrize("context", [None, 256])
 def test_roles_have_the_tokens_they_were_promised(prose, tokenizer, context):
-    config = transformers.PretrainedConfig(max_position_embeddings=context)
+    config = transformers.PretrainedConfig(max_position_embeddings=context, vocab_size=257)
     wanted = texts(prose[:1], prose[1:])
     corpus = load_corpus(wanted, tokenizer, config, distillation_tokens=2560, distillation_window=128)
     assert corpus.calibration.ids.shape == (64, 64)
@@ -96,3 +96,29 @@ def test_too_short_text_is_refused_by_name(tmp_path, tokenizer, prose):
 def test_impossible_texts_are_refused(changes):
     with pytest.raises(ValidationError, match=next(iter(changes))):
         Texts(**changes)
+
+
+def test_calibration_grows_with_the_width():
+    assert [Texts().find_calibration_tokens(width) for width in (0, 576, 4096, 16384)] == [32768, 32768, 65536, 262144]
+    assert Texts(calibration_tokens=9).find_calibration_tokens(4096) == 9
+
+
+@pytest.mark.parametrize("role", ["calibration", "evaluation"])
+def test_tokens_beyond_the_embeddings_are_refused_by_name(prose, tokenizer, role, tmp_path):
+    tokenizer.add_tokens(["zebra"])  # token 257 of 257
+    with (tmp_path / ("a.txt" if role == "calibration" else "b.txt")).open("r+") as file:
+        file.write("zebra zebra")
+    config = transformers.LlamaConfig(vocab_size=257, max_position_embeddings=256)
+    message = (
+        r"token 257 \('zebra'\) of this text, and the model has embeddings for 257 tokens: they do not belong together"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_corpus(texts(prose[:1], prose[1:2]), tokenizer, config)
+    if role == "evaluation":
+        with pytest.raises(ValueError, match=message):
+            load_evaluation(texts(prose[:1], prose[1:2]), tokenizer, config, ())
+
+
+def test_an_evaluation_window_beyond_the_context_is_refused(prose, tokenizer):
+    with pytest.raises(ValueError, match="window=512 is longer than the model's context of 256 tokens"):
+        load_evaluation(texts(prose[:1], prose[1:2], window=512), tokenizer, CONFIG, ())

@@ -98,6 +98,20 @@ def test_the_prompt_stands_before_both_answers(tmp_path: Path):
     assert preferences.chosen[0] == "2+2=4" and preferences.rejected[0] == "2+2=5"
 
 
+@pytest.mark.parametrize("prompt", ["2+2=", [{"role": "user", "content": "2+2="}]])
+@pytest.mark.parametrize("is_repeated", [True, False])
+def test_preferences_between_conversations_are_written_as_the_model_reads_them(tmp_path, tiny_random, prompt, is_repeated):
+    tokenizer = load_tokenizer(tiny_random)
+    before = [{"role": "user", "content": "2+2="}] if is_repeated and isinstance(prompt, str) else []
+    answers = {name: [*before, {"role": "assistant", "content": a}] for name, a in (("chosen", "4"), ("rejected", "5"))}
+    source = write_rows(tmp_path / "pairs.jsonl", [{"prompt": prompt, **answers}] * 4)
+    with pytest.raises(ValueError, match="row 1: it is a conversation, and the model's tokenizer has no chat template"):
+        load_preferences(source, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    preferences = load_preferences(source, tokenizer)
+    assert (preferences.chosen[0], preferences.rejected[0]) == ("<user>2+2=<assistant>4", "<user>2+2=<assistant>5")
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "said"),
     [
@@ -105,6 +119,9 @@ def test_the_prompt_stands_before_both_answers(tmp_path: Path):
         ([{"text": "a", "label": 1}] * 8, {"label_column": "answer"}, "no column 'answer'; it has text, label"),
         ([{"text": "a", "label": 0}, {"text": "b", "label": 1}], {}, "2 rows: too few"),
         ([{"text": "a", "label": i} for i in range(80)], {}, "80 classes"),
+        ([{"text": "a", "label": 0}] * 4 + [{"text": " ", "label": 1}], {}, "row 5, has no text"),
+        ([{"text": "a", "label": 0}] * 4 + [{"text": 7, "label": 1}], {}, "row 5: 'text' is '7', and no text"),
+        ([{"text": "a", "label": 0}] * 4 + [{"text": "b", "label": None}], {}, "row 5, has no 'label'"),
     ],
 )
 def test_data_that_cannot_be_learned_from_is_refused(rows: list[dict], options: dict, said: str, tmp_path: Path):

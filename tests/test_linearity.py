@@ -9,7 +9,7 @@ import torch
 from conftest import linear_network, make_ids, moments_of
 from shoal.blocks import find_blocks
 from shoal.gram import Gram
-from shoal.linearity import read_scores, score_blocks, score_gram, score_scaled, write_scores
+from shoal.linearity import read_scores, require_calibration, score_blocks, score_gram, score_scaled, write_scores
 from shoal.moments import measure_moments
 from shoal.text import TokenWindows
 
@@ -183,3 +183,18 @@ def test_scores_are_read_as_they_were_written(llama, windows, tmp_path):
     (tmp_path / "scores.json").write_text('[{"block": 0}]')
     with pytest.raises(ValueError, match="damaged"):
         read_scores(tmp_path / "scores.json")
+
+
+@pytest.mark.parametrize(("num_windows", "is_enough"), [(1, False), (11, False), (12, True), (24, True)])
+def test_too_few_tokens_are_refused_before_they_are_read(llama, windows, num_windows, is_enough):
+    """32 dimensions need 128 tokens in the smaller half: 4 windows."""
+    few = windows.take(0, num_windows)
+    few = TokenWindows(few.ids[:, :24], "short")
+    if is_enough:
+        require_calibration(few, llama)
+        score_blocks(measure_moments(llama, few))
+    else:
+        with pytest.raises(
+            ValueError, match=r"calibration tokens are too few for a hidden size of 32.* give 512 tokens or more"
+        ):
+            require_calibration(few, llama)

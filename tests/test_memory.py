@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def texts(folder) -> list[str]:
     """Two texts out of the packaged one."""
-    from shoal.text import load_documents
+    from shoal.sources import load_documents
 
     documents = list(load_documents("wikipedia-sample").texts)
     files = [folder.parent / "train.txt", folder.parent / "held-out.txt"]

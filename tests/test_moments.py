@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shoal.blocks import watch_boundaries
 from shoal.gram import Gram, multiply_rows
-from shoal.moments import Moments, find_sinks, measure_moments, measure_norms
+from shoal.moments import Moments, count_held_out, find_sinks, measure_moments, measure_norms
 from shoal.text import TokenWindows
 
 
@@ -176,3 +176,11 @@ def test_sinks_are_first_tokens_and_massive_ones():
 
 def test_a_single_window_is_measured(llama, windows):
     assert measure_moments(llama, windows.take(0, 1)).num_tokens == 32
+
+
+@pytest.mark.parametrize("num_windows", [1, 2, 3, 9, 20, 24])
+def test_the_size_of_the_held_out_half_is_known_before(llama, windows, num_windows):
+    moments = measure_moments(llama, windows.take(0, num_windows))
+    for pair in range(moments.num_blocks):
+        held = moments.held_ordinary.num_tokens[pair] + moments.held_sinks.num_tokens[pair]
+        assert int(held) == 32 * count_held_out(num_windows) <= 16 * num_windows

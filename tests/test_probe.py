@@ -89,9 +89,9 @@ def test_a_compressed_model_is_named_by_the_blocks_of_its_dense_model(tiny_rando
     assert small.layers[:2] == dense.layers[:2], "nothing was changed before"
 
 
-def write_lines(path: Path, *rows: object) -> Path:
+def write_lines(path: Path, *rows: object) -> str:
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    return path
+    return str(path)
 
 
 def test_labels_are_strings_numbers_or_truth_values(tmp_path):
@@ -104,10 +104,10 @@ def test_labels_are_strings_numbers_or_truth_values(tmp_path):
     ("row", "message"),
     [
         ("{torn", r"line 2, is no JSON"),
-        ([1, 2], r"line 2: 'text' 'None' must be a text"),
-        ({"text": " ", "label": 1}, r"line 2: 'text' ' ' must be a text"),
-        ({"text": "a", "label": 0.5}, r"line 2: .* 'label' 0\.5 a string, a whole number or true or false"),
-        ({"text": "a"}, r"line 2: .* 'label' None"),
+        ([1, 2], r"row 2, is '\[1, 2\]', and no object"),
+        ({"text": " ", "label": 1}, r"row 2: 'text' ' ' must be a text"),
+        ({"text": "a", "label": 0.5}, r"row 2: .* 'label' 0\.5 a string, a whole number or true or false"),
+        ({"text": "a", "class": 1}, r"row 2: .* 'label' None.*; it has text, class"),
     ],
 )
 def test_a_line_that_is_no_labelled_text_is_named(tmp_path, row, message):

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from shoal.skills import WORDS, Item, answer_items, evaluate_skills, make_items, measure_skills, tokenize
-from shoal.text import Documents
+from shoal.sources import Documents
 
 SKILLS = ["copying", "induction", "arithmetic", "rare words", "common words"]
 

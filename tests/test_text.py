@@ -1,93 +1,17 @@
-"""Sources are read, roles never share a document, windows are whole, and leaks are found."""
+"""Roles never share a document, windows are whole, and leaks are found."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_ids, write_prose
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal.text import (
-    PACKAGED_TEXT,
-    SHARES,
-    Documents,
-    TokenWindows,
-    check_overlap,
-    deal_documents,
-    load_documents,
-    make_windows,
-)
+from shoal.sources import Documents
+from shoal.text import PLACES_TO_CUT, SHARES, TokenWindows, check_overlap, deal_documents, find_end, make_windows
+from shoal.tokenizer import train_tokenizer
 
-PAGES = ["One page.", "Another page, in ünïcode.", "  \n ", "The last."]
 ROLES = ["calibration", "distillation", "selection", "evaluation"]
-
-
-def write_jsonl(path: Path, **columns: list) -> str:
-    path.write_text(
-        "\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True))
-    )
-    return str(path)
-
-
-def test_a_text_file_is_read_in_pieces_in_order(tmp_path):
-    file = write_prose(tmp_path / "prose.txt")
-    documents = load_documents(str(file))
-    assert "".join(documents.texts) == file.read_text()
-    assert len(documents.texts) > 5
-    assert not documents.independent
-    assert documents.name == "prose.txt"
-
-
-@pytest.mark.parametrize("column", ["text", "content", "whatever"])
-def test_jsonl_documents_that_hold_text(tmp_path, column):
-    documents = load_documents(write_jsonl(tmp_path / "pages.jsonl", **{column: PAGES, "page": [1, 2, 3, 4]}))
-    assert documents.texts == [PAGES[0], PAGES[1], PAGES[3]]
-    assert documents.independent
-
-
-def test_parquet_documents_that_hold_text(tmp_path):
-    from datasets import Dataset
-
-    Dataset.from_dict({"title": ["a", "b", "c"], "text": [PAGES[0], None, PAGES[1]]}).to_parquet(tmp_path / "pages.parquet")
-    assert load_documents(str(tmp_path / "pages.parquet")).texts == PAGES[:2]
-
-
-def test_the_packaged_sample_is_prose():
-    documents = load_documents(PACKAGED_TEXT)
-    assert len(documents.texts) > 50
-    assert all("{{" not in text and "[[" not in text for text in documents.texts)
-    assert sum(map(len, documents.texts)) > 500_000
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing.txt", None, "does not exist; check the path"),
-        ("missing.jsonl", None, "does not exist; check the path"),
-        ("empty.txt", "", "holds no text"),
-        ("blank.txt", " \n\n ", "holds no text"),
-        ("empty.jsonl", "", "holds no text"),
-        ("blank.jsonl", '{"text": ""}\n{"text": null}\n', "holds no text"),
-        ("broken.jsonl", "{not json", "damaged or no .jsonl"),
-        ("broken.parquet", "garbage", "damaged or no .parquet"),
-        ("numbers.jsonl", '{"n": 3}\n', r"has the text columns \[\]: rename the one to use to 'text'"),
-        ("unclear.jsonl", '{"a": "x", "b": "y"}\n', r"text columns \['a', 'b'\]"),
-    ],
-)  # fmt: skip
-def test_files_without_text_are_refused(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        load_documents(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("source", ["no-such/dataset", "no-such/dataset:config@test", "notes.md"])
-def test_an_unknown_dataset_is_refused_offline(source):
-    with pytest.raises(ValueError, match=f"cannot load text '{source}': it is not 'wikipedia-sample'"):
-        load_documents(source)
 
 
 @given(
@@ -99,39 +23,62 @@ def test_an_unknown_dataset_is_refused_offline(source):
 def test_every_document_is_dealt_to_one_role(lengths, roles, independent, seed):
     texts = [f"{index}|".ljust(length, "x") for index, length in enumerate(lengths)]
     dealt = deal_documents(Documents("numbered", texts, independent), roles, seed=seed)
-    together = [text for role in roles for text in dealt[role]]
-    assert sorted(together) == sorted(texts)
+    together = [text for role in roles for text in dealt[role].texts]
     assert dealt == deal_documents(Documents("numbered", texts, independent), roles, seed=seed)
-    if not independent:
-        assert together == texts
+    assert all(part.independent == independent for part in dealt.values())
+    if independent:
+        assert sorted(together) == sorted(texts)
+    else:
+        assert "".join(together) == "".join(texts)
 
 
 def test_shares_are_in_proportion():
     texts = [f"{index:03}" * 10 for index in range(500)]
     dealt = deal_documents(Documents("numbered", texts), ROLES)
-    assert {role: len(dealt[role]) / 500 for role in ROLES} == pytest.approx(
+    assert {role: len(dealt[role].texts) / 500 for role in ROLES} == pytest.approx(
         {role: SHARES[role] for role in ROLES}, abs=0.005
     )
 
 
-def test_one_long_document_is_cut_for_all_roles(tmp_path):
+@pytest.mark.parametrize("roles", [["evaluation"], ROLES])
+def test_evaluation_text_keeps_its_order(roles):
+    texts = [f"{index:03}" for index in range(100)]
+    held = deal_documents(Documents("numbered", texts), roles)["evaluation"].texts
+    assert held == sorted(held) and len(held) == (100 if len(roles) == 1 else 12)
+
+
+@pytest.mark.parametrize("independent", [True, False])
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_too_few_documents_are_cut_for_all_roles(tmp_path, count, independent):
     text = write_prose(tmp_path / "prose.txt").read_text()
-    dealt = deal_documents(Documents("one", [text], independent=False), ROLES)
-    assert "".join("".join(dealt[role]) for role in ROLES) == text
+    texts = [text[index * len(text) // count : (index + 1) * len(text) // count] for index in range(count)]
+    dealt = deal_documents(Documents("few", texts, independent), ROLES)
+    assert "".join("".join(dealt[role].texts) for role in ROLES) == text
     for role in ROLES:
-        assert len("".join(dealt[role])) / len(text) == pytest.approx(SHARES[role], abs=0.05)
+        assert len("".join(dealt[role].texts)) / len(text) == pytest.approx(SHARES[role], abs=0.02)
+        if count == 1:
+            assert "".join(dealt[role].texts).endswith("\n"), "cut at a line's end"
+
+
+def test_running_text_is_cut_between_articles():
+    articles = [
+        f" = Title {index} = \n\n\n\n\n\n = = Part = = \n\n\n\n\n\n" + "words and words \n" * 99 for index in range(200)
+    ]
+    dealt = deal_documents(Documents("wiki", ["".join(articles)], independent=False), ROLES)
+    assert all("".join(dealt[role].texts).startswith(" = Title ") for role in ROLES)
+    assert not PLACES_TO_CUT[0].search(" = = Part = = \n")
 
 
 def test_windows_are_the_text_cut_up(tokenizer):
     text = "".join(chr(97 + i % 26) for i in range(1000))
-    windows = make_windows([text[:300], text[300:]], tokenizer, name="abc", window=64)
+    windows = make_windows(Documents("abc", [text[:300], text[300:]], independent=False), tokenizer, window=64)
     assert windows.ids.shape == (15, 64)
     assert tokenizer.decode(windows.ids.flatten()) == text[: 15 * 64]
 
 
 def test_every_window_begins_as_the_tokenizer_begins_a_text(bos_tokenizer):
     text = "".join(chr(97 + i % 26) for i in range(1000))
-    windows = make_windows([text], bos_tokenizer, name="abc", window=64)
+    windows = make_windows(Documents("abc", [text], independent=False), bos_tokenizer, window=64)
     assert windows.ids.shape == (1000 // 63, 64)
     assert windows.ids[:, 0].tolist() == [0] * len(windows)
     assert bos_tokenizer.decode(windows.ids[:, 1:].flatten()) == text[: len(windows) * 63]
@@ -139,13 +86,39 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text(bos_tokenizer):
 
 @pytest.mark.parametrize(("num_tokens", "num_windows"), [(256, 4), (300, 4), (10, 1), (None, 15), (10**9, 15)])
 def test_no_more_tokens_than_asked_for(tokenizer, num_tokens, num_windows):
-    assert len(make_windows(["a" * 1000], tokenizer, name="a", window=64, num_tokens=num_tokens)) == num_windows
+    assert len(make_windows(Documents("a", ["a" * 1000]), tokenizer, window=64, num_tokens=num_tokens)) == num_windows
 
 
 @pytest.mark.parametrize("texts", [[], ["short"], [""]])
 def test_text_shorter_than_a_window_is_refused(tokenizer, texts):
     with pytest.raises(ValueError, match=r"text 'notes' has \d tokens, fewer than one window of 64"):
-        make_windows(texts, tokenizer, name="notes", window=64)
+        make_windows(Documents("notes", texts), tokenizer, window=64)
+
+
+def test_documents_end_and_running_text_does_not(tokenizer):
+    texts = ["ab" * 40, "cd" * 40]
+    one, two = (make_windows(Documents("t", texts, independent), tokenizer, window=8) for independent in (False, True))
+    end = tokenizer.eos_token
+    assert tokenizer.decode(one.ids.flatten()) == texts[0] + texts[1]
+    assert tokenizer.decode(two.ids.flatten()) == texts[0] + end + texts[1][:-1], "whole windows alone"
+
+
+def test_a_chat_tokenizer_ends_documents_as_it_was_pretrained(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    assert tokenizer.eos_token_id != find_end(tokenizer) == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+
+
+@pytest.mark.parametrize("num_tokens", [640, None])
+def test_a_running_text_is_tokenized_as_a_whole(num_tokens, monkeypatch):
+    """Also where only as much is tokenized as is wanted, and across the seams of stretches."""
+    text = "".join(f" = Title {n} = \n\n\n\n\n\n The {n}th line , and more of it . \n\n\n" for n in range(400))
+    learned = train_tokenizer([text], 400)
+    monkeypatch.setattr("shoal.text.STRETCH", 5000)
+    windows = make_windows(
+        Documents("t", [text[:999], text[999:]], independent=False), learned, window=64, num_tokens=num_tokens
+    )
+    assert windows.ids.flatten().tolist() == learned(text)["input_ids"][: windows.num_tokens]
+    assert len(windows) == 10 if num_tokens else len(windows) > 100
 
 
 def test_the_hash_is_of_the_tokens():

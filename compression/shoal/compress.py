@@ -16,6 +16,7 @@ from shoal.corpus import Corpus, load_corpus
 from shoal.distill import DistillationRun, Lesson
 from shoal.evaluate import evaluate, measure_size, measure_speeds
 from shoal.fit import fit_independent
+from shoal.linearity import require_calibration
 from shoal.models import hash_weights, is_memory_short, load_model, load_tokenizer
 from shoal.moments import Moments
 from shoal.on_disk import copy_model
@@ -66,6 +67,8 @@ def compress(
         if recipe.num_replaced:
             require_shortenable(model, recipe.blocks)
         corpus = load_corpus(texts, tokenizer, model.config, **distillation_needs(recipe))
+        if recipe.num_replaced:
+            require_calibration(corpus.calibration, model)
         recipe = name_inputs(recipe, model, corpus)
         listen("load", 1, 1)
     with watch.time("prepare"):

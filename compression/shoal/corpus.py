@@ -16,7 +16,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from shoal.blocks import is_causal
 from shoal.files import write_aside
 from shoal.recipe import Texts
-from shoal.text import Documents, TokenWindows, check_overlap, close_windows, deal_documents, load_documents, make_windows
+from shoal.sources import Documents, load_documents
+from shoal.text import TokenWindows, check_overlap, close_windows, deal_documents, make_windows, require_embeddings
 
 TRAINING_ROLES = ("calibration", "distillation", "selection")
 
@@ -75,29 +76,29 @@ def load_corpus(
 ) -> Corpus:
     """The windows of every role, checked: they fit the model's context, and evaluation text was not trained on.
 
-    Raises ValueError for a missing, empty or too short text, too long windows, or overlap.
+    Raises ValueError for a missing, empty or too short text, too long windows, tokens that the model does not know, or
+    overlap.
     """
     if not distillation_tokens:
         distillation_window = min(distillation_window, texts.window)
-    context = find_context(config, tokenizer)
     for window in (texts.window, distillation_window):
-        if context and window > context:
-            raise ValueError(
-                f"window={window} is longer than the model's context of {context} tokens; choose {context} or less"
-            )
-    documents = {source: load_documents(source) for source in dict.fromkeys((*texts.train, *texts.evaluation))}
-    dealt = {source: deal_documents(documents[source], _roles_of(source, texts)) for source in documents}
+        _require_context(window, config, tokenizer)
+    dealt = {
+        source: deal_documents(load_documents(source, tokenizer), _roles_of(source, texts))
+        for source in dict.fromkeys((*texts.train, *texts.evaluation))
+    }
 
     def gather(role: str, sources: tuple[str, ...], window: int, num_tokens: int) -> TokenWindows:
-        given = [Documents(documents[source].name, dealt[source][role]) for source in sources]
+        given = [dealt[source][role] for source in sources]
         windows = gather_windows(given, tokenizer, window=window, num_tokens=num_tokens)
+        require_embeddings(windows.ids, config, tokenizer)
         return windows if is_causal(config) else close_windows(windows, tokenizer)
 
-    distillation = None
+    distillation, width = None, getattr(config.get_text_config(decoder=True), "hidden_size", 0)
     if distillation_tokens:
         distillation = gather("distillation", texts.train, distillation_window, distillation_tokens)
     corpus = Corpus(
-        calibration=gather("calibration", texts.train, texts.window, texts.calibration_tokens),
+        calibration=gather("calibration", texts.train, texts.window, texts.find_calibration_tokens(width)),
         selection=gather("selection", texts.train, distillation_window, texts.selection_tokens),
         evaluation=tuple(gather("evaluation", (name,), texts.window, texts.evaluation_tokens) for name in texts.evaluation),
         distillation=distillation,
@@ -105,6 +106,14 @@ def load_corpus(
     seen = [corpus.calibration, corpus.selection, *([distillation] if distillation else [])]
     check_overlap(seen, list(corpus.evaluation))
     return corpus
+
+
+def _require_context(window: int, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    context = find_context(config, tokenizer)
+    if context and window > context:
+        raise ValueError(
+            f"window={window} is longer than the model's context of {context} tokens; choose {context} or less"
+        )
 
 
 def find_context(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -126,30 +135,31 @@ def gather_windows(
     Raises ValueError for a source that does not fill a window.
     """
     per_source = None if num_tokens is None else max(window, num_tokens // len(sources))
-    return _interleave(
-        [make_windows(one.texts, tokenizer, name=one.name, window=window, num_tokens=per_source) for one in sources]
-    )
+    return _interleave([make_windows(one, tokenizer, window=window, num_tokens=per_source) for one in sources])
 
 
 def load_evaluation(
-    texts: Texts, tokenizer: PreTrainedTokenizerBase, trained_on: Collection[str]
+    texts: Texts, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, trained_on: Collection[str]
 ) -> tuple[TokenWindows, ...]:
     """The evaluation windows alone: those that `load_corpus` gave to a model trained on texts named `trained_on`.
 
-    Raises ValueError for a missing, empty or too short text.
+    Raises ValueError for a missing, empty or too short text, a too long window, or tokens that the model does not know.
     """
+    _require_context(texts.window, config, tokenizer)
     num_tokens = max(texts.window, texts.evaluation_tokens)
-    return tuple(
-        make_windows(one.texts, tokenizer, name=one.name, window=texts.window, num_tokens=num_tokens)
-        for one in (load_unseen(source, trained_on) for source in texts.evaluation)
-    )
+    found = []
+    for source in texts.evaluation:
+        documents = load_unseen(source, trained_on, tokenizer)
+        found.append(make_windows(documents, tokenizer, window=texts.window, num_tokens=num_tokens))
+        require_embeddings(found[-1].ids, config, tokenizer)
+    return tuple(found)
 
 
-def load_unseen(source: str, trained_on: Collection[str]) -> Documents:
+def load_unseen(source: str, trained_on: Collection[str], tokenizer: PreTrainedTokenizerBase) -> Documents:
     """The part of a text that a model trained on texts named `trained_on` has not seen. Raises ValueError as above."""
-    documents = load_documents(source)
+    documents = load_documents(source, tokenizer)
     roles = [*(TRAINING_ROLES if documents.name in trained_on else ()), "evaluation"]
-    return Documents(documents.name, deal_documents(documents, roles)["evaluation"], documents.independent)
+    return deal_documents(documents, roles)["evaluation"]
 
 
 def _roles_of(source: str, texts: Texts) -> list[str]:

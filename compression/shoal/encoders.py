@@ -24,6 +24,7 @@ from shoal.compress import fit, name_inputs
 from shoal.corpus import load_corpus
 from shoal.evaluate import Collapsed, mean_and_error, require_two_windows
 from shoal.files import write_text
+from shoal.linearity import require_calibration
 from shoal.models import load_model, load_tokenizer
 from shoal.moments import measure_moments
 from shoal.prepare import Listener, ignore
@@ -78,6 +79,7 @@ def compress_encoder(
         raise ValueError(f"{recipe.base_model!r} is a decoder: shoal.compress.compress makes it shallower")
     tokenizer = load_tokenizer(recipe.base_model, revision=recipe.revision)
     corpus = load_corpus(texts or Texts(), tokenizer, model.config)
+    require_calibration(corpus.calibration, model)
     listen("load", 1, 1)
     windows = corpus.calibration
     moments = measure_moments(model, windows, on_progress=lambda done: listen("moments", done, len(windows)))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Any, Self
 
-from shoal.text import open_dataset
+from transformers import PreTrainedTokenizerBase
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+from shoal.rows import Row, read_rows
+from shoal.sources import write_chat
 
 MAX_CLASSES = 64
 
@@ -64,46 +64,85 @@ class Preferences:
 def load_labelled(source: str, *, text_columns: Sequence[str] = ("text",), label_column: str = "label") -> Labelled:
     """A classification dataset: .jsonl, .parquet or Hub. Several text columns become lines of "column: text".
 
-    Raises ValueError for columns that are not there, fewer than two classes or more than 64, or no rows.
+    Raises ValueError for columns that are not there, a row without text or label, fewer than two classes or more than 64,
+    or no rows.
     """
-    dataset = open_dataset(source)
-    _require_columns(source, dataset, [*text_columns, label_column])
-    answers = dataset[label_column]
-    feature = dataset.features[label_column]
-    names = [feature.int2str(answer) for answer in answers] if hasattr(feature, "int2str") else [str(a) for a in answers]
+    rows = _read_columns(source, [*text_columns, label_column])
+    names = [str(_require(source, number, label_column, row)) for number, row in enumerate(rows, 1)]
     classes = sorted(set(names))
     if not 2 <= len(classes) <= MAX_CLASSES:
         raise ValueError(
             f"column {label_column!r} of {source!r} has {len(classes)} classes ({', '.join(classes[:3])}…): a classifier "
             f"needs 2 to {MAX_CLASSES}; choose another --label-column"
         )
-    number = {name: index for index, name in enumerate(classes)}
-    columns = [dataset[column] for column in text_columns]
-    texts = [_join(text_columns, parts) for parts in zip(*columns, strict=True)]
-    return Labelled(source, texts, [number[name] for name in names], classes)
+    number_of = {name: index for index, name in enumerate(classes)}
+    texts = []
+    for number, row in enumerate(rows, 1):
+        parts = [_require_text(source, number, column, row) for column in text_columns]
+        if not any(part.strip() for part in parts):
+            raise ValueError(f"{source!r}, row {number}, has no text; leave such rows out")
+        texts.append(_join(text_columns, parts))
+    return Labelled(source, texts, [number_of[name] for name in names], classes)
 
 
-def load_preferences(source: str) -> Preferences:
+def load_preferences(source: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Preferences:
     """A preference dataset with the columns `chosen` and `rejected`, and `prompt` before both if there is one.
 
-    Raises ValueError for columns that are not there, or no rows.
+    Conversations are written by the tokenizer's chat template. Raises ValueError for columns that are not there, what is
+    neither text nor a conversation, or no rows.
     """
-    dataset = open_dataset(source)
-    _require_columns(source, dataset, ["chosen", "rejected"])
-    prompts = dataset["prompt"] if "prompt" in dataset.column_names else [""] * len(dataset)
+    rows = _read_columns(source, ["chosen", "rejected"])
     chosen, rejected = (
-        [f"{prompt}{answer}" for prompt, answer in zip(prompts, dataset[column], strict=True)]
+        [_write_answer(source, number, column, row, tokenizer) for number, row in enumerate(rows, 1)]
         for column in ("chosen", "rejected")
     )
     return Preferences(source, chosen, rejected)
 
 
-def _require_columns(source: str, dataset: Dataset, columns: Sequence[str]) -> None:
-    missing = [column for column in columns if column not in dataset.column_names]
-    if missing:
-        raise ValueError(f"{source!r} has no column {missing[0]!r}; it has {', '.join(dataset.column_names)}")
-    if len(dataset) < 4:
-        raise ValueError(f"{source!r} has {len(dataset)} rows: too few to learn from and to check on")
+def _write_answer(source: str, number: int, column: str, row: Row, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    prompt, answer = row.get("prompt") or "", _require(source, number, column, row)
+    if not isinstance(answer, list):
+        if not isinstance(prompt, str):
+            raise ValueError(f"{source!r}, row {number}: the prompt is a conversation, and {column!r} is none")
+        return prompt + _require_text(source, number, column, row)
+    before = prompt if isinstance(prompt, list) else []
+    if isinstance(prompt, str) and prompt and not any(_says(message, prompt) for message in answer):
+        before = [{"role": "user", "content": prompt}]
+    try:
+        return write_chat([*before, *answer], tokenizer) or ""
+    except ValueError as error:
+        raise ValueError(f"{source!r}, row {number}: {error}") from error
+
+
+def _says(message: Any, text: str) -> bool:
+    """Many data sets have the prompt in a column, and again as the first message of both answers."""
+    return isinstance(message, dict) and message.get("content") == text
+
+
+def _read_columns(source: str, columns: Sequence[str]) -> list[Row]:
+    """The rows of a source, if it has these columns."""
+    rows = list(read_rows(source))
+    found = list(dict.fromkeys(column for row in rows for column in row))
+    missing = [column for column in columns if column not in found]
+    if rows and missing:
+        raise ValueError(f"{source!r} has no column {missing[0]!r}; it has {', '.join(found)}")
+    if len(rows) < 4:
+        raise ValueError(f"{source!r} has {len(rows)} rows: too few to learn from and to check on")
+    return rows
+
+
+def _require(source: str, number: int, column: str, row: Row) -> Any:
+    value = row.get(column)
+    if value is None:
+        raise ValueError(f"{source!r}, row {number}, has no {column!r}; leave such rows out")
+    return value
+
+
+def _require_text(source: str, number: int, column: str, row: Row) -> str:
+    value = _require(source, number, column, row)
+    if not isinstance(value, str):
+        raise ValueError(f"{source!r}, row {number}: {column!r} is {str(value)[:60]!r}, and no text")
+    return value
 
 
 def _join(columns: Sequence[str], parts: Sequence[str]) -> str:

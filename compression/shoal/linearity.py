@@ -18,10 +18,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from shoal.blocks import text_config
 from shoal.files import write_text
 from shoal.gram import Gram
-from shoal.moments import Moments
+from shoal.moments import Moments, count_held_out
+from shoal.text import TokenWindows
 
 RANKING = "held_out"
 RANKING_REASON = "scored on tokens that the map was not fitted on, and without sinks, which alone lift a score to 0.99"
@@ -125,13 +128,23 @@ def score_scaled(moments: Moments, factors: Sequence[float]) -> list[ScaledScore
 def require_tokens(moments: Moments) -> None:
     """Raises ValueError, with the number that is needed, if there are too few tokens for scores and maps."""
     per_half = int(min(moments.ordinary.num_tokens.min(), moments.held_ordinary.num_tokens.min()))
-    needed = MIN_TOKENS_PER_DIMENSION * moments.hidden_size
+    _require_half(per_half, moments.num_tokens, moments.hidden_size)
+
+
+def require_calibration(windows: TokenWindows, model: PreTrainedModel) -> None:
+    """The same before the tokens are read, as far as their number tells: nobody knows yet how many are sinks."""
+    per_half = count_held_out(len(windows)) * windows.ids.shape[1]
+    _require_half(per_half, windows.num_tokens, text_config(model).hidden_size)
+
+
+def _require_half(per_half: int, num_tokens: int, width: int) -> None:
+    needed = MIN_TOKENS_PER_DIMENSION * width
     if per_half < needed:
         raise ValueError(
-            f"{moments.num_tokens:,} calibration tokens are too few for a hidden size of {moments.hidden_size}: a map has "
-            f"that many columns to fit, and every block would look linear; "
+            f"{num_tokens:,} calibration tokens are too few for a hidden size of {width}: a map has that many "
+            "columns to fit, and every block would look linear; "
             # The smaller half of a few windows is a third of them, and sinks do not count.
-            f"give {4 * needed:,} tokens or more"
+            f"give {4 * needed:,} tokens or more, and text that holds them"
         )
 
 

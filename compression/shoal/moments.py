@@ -31,6 +31,7 @@ from shoal.text import TokenWindows
 
 # Ordinary tokens stay within 3 times the median norm, massive activations exceed 20 (SmolLM2-135M, Llama family).
 SINK_NORM_RATIO = 8.0
+WINDOWS_AT_ONCE = 8
 
 
 @dataclass
@@ -125,12 +126,18 @@ class Moments:
 
 
 @torch.no_grad()
+def count_held_out(num_windows: int) -> int:
+    """How many of so many windows come into the held-out half, which is never the larger one."""
+    batch_size = max(1, min(WINDOWS_AT_ONCE, num_windows // 2))
+    return sum(min(batch_size, num_windows - start) for start in range(batch_size, num_windows, 2 * batch_size))
+
+
 def measure_moments(
     model: PreTrainedModel,
     windows: TokenWindows,
     *,
     stack: Stack | None = None,
-    batch_size: int = 8,
+    batch_size: int = WINDOWS_AT_ONCE,
     text_sha256: str | None = None,
     save_to: Path | None = None,
     on_progress: Callable[[int], None] = lambda _done: None,

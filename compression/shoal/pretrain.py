@@ -33,6 +33,7 @@ from shoal.pretrain_recipe import PretrainRecipe
 from shoal.regularize import Penalty
 from shoal.splice import Splice, measure_splices
 from shoal.teacher import measure_targets
+from shoal.text import find_end
 from shoal.trainable import autocast, checkpoint_gradients
 
 MEANS = ("score", "score_without_residual", "held_out", "held_out_without_residual", "cosine", "norm_ratio")
@@ -46,7 +47,8 @@ def make_model(
 ) -> MistralForCausalLM:
     """A model of the recipe's architecture in float32; its random weights depend on the recipe's seed alone."""
     config = MistralConfig(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=max(tokenizer.get_vocab().values()) + 1, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=find_end(tokenizer),
         pad_token_id=tokenizer.pad_token_id, **recipe.architecture.model_dump(exclude={"rope_theta"}),
         rope_parameters={"rope_type": "default", "rope_theta": recipe.architecture.rope_theta},
     )  # fmt: skip

@@ -16,7 +16,8 @@ from shoal.corpus import gather_windows, load_windows, save_windows
 from shoal.linearity import MIN_TOKENS_PER_DIMENSION
 from shoal.models import load_tokenizer
 from shoal.pretrain_recipe import PretrainRecipe
-from shoal.text import Documents, TokenWindows, check_overlap, deal_documents, load_documents
+from shoal.sources import Documents, load_documents
+from shoal.text import TokenWindows, check_overlap, deal_documents
 from shoal.tokenizer import train_tokenizer
 
 # Half of the windows are fitted and half are scored, and the first token of each does not count.
@@ -47,19 +48,19 @@ def load_pretrain_corpus(recipe: PretrainRecipe) -> tuple[PretrainCorpus, PreTra
     Raises ValueError for a text that is missing, empty or too short, or that is in training and validation.
     """
     texts, window = recipe.texts, recipe.training.window
-    sources = {source: load_documents(source) for source in dict.fromkeys((*texts.train, *texts.validation))}
-    dealt = {source: deal_documents(found, _roles_of(source, recipe)) for source, found in sources.items()}
+    given = None if texts.tokenizer is None else load_tokenizer(texts.tokenizer)
+    dealt = {
+        source: deal_documents(load_documents(source, given), _roles_of(source, recipe))
+        for source in dict.fromkeys((*texts.train, *texts.validation))
+    }
 
     def documents(role: str, names: tuple[str, ...]) -> list[Documents]:
-        return [Documents(sources[name].name, dealt[name][role], sources[name].independent) for name in names]
+        return [dealt[name][role] for name in names]
 
     to_learn = documents("pretraining", texts.train)
-    if texts.tokenizer is not None:
-        tokenizer = load_tokenizer(texts.tokenizer)
-    else:
-        tokenizer = train_tokenizer((text for one in to_learn for text in one.texts), texts.vocab_size)
+    tokenizer = given or train_tokenizer((text for one in to_learn for text in one.texts), texts.vocab_size)
     corpus = PretrainCorpus(
-        training=gather_windows([_end(one, tokenizer) for one in to_learn], tokenizer, window=window, num_tokens=None),
+        training=gather_windows(to_learn, tokenizer, window=window, num_tokens=None),
         validation=gather_windows(
             documents("evaluation", texts.validation), tokenizer, window=window, num_tokens=texts.validation_tokens
         ),
@@ -70,13 +71,6 @@ def load_pretrain_corpus(recipe: PretrainRecipe) -> tuple[PretrainCorpus, PreTra
     _require_enough(corpus, recipe)
     check_overlap([corpus.training], [corpus.validation])
     return corpus, tokenizer
-
-
-def _end(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Documents:
-    """Whole documents with the token that ends them, so that a model learns to stop."""
-    if tokenizer.eos_token is None or not documents.independent:
-        return documents
-    return Documents(documents.name, [text + str(tokenizer.eos_token) for text in documents.texts])
 
 
 def _roles_of(source: str, recipe: PretrainRecipe) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -23,6 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.blocks import find_blocks, watch_boundaries
 from shoal.models import load_model, load_tokenizer, recipe_of
 from shoal.prepare import Listener, ignore
+from shoal.recipe import text_format
+from shoal.rows import read_rows
+from shoal.text import require_embeddings
 
 BATCH_SIZE = 16
 MAX_ITERATIONS = 1000
@@ -54,30 +56,24 @@ class LabelledTexts:
         return max(Counter(self.labels).values()) / len(self.labels)
 
 
-def load_labelled(path: Path) -> LabelledTexts:
-    """The texts of a .jsonl file whose lines have `text` and `label` (a string, whole number or truth value).
+def load_labelled(source: str) -> LabelledTexts:
+    """The rows of a .jsonl or .parquet file or Hub dataset with `text` and `label` (a string, whole number or truth value).
 
-    Raises ValueError that names the line for one that has not, OSError if the file cannot be read.
+    Raises ValueError that names the row for one that has not.
     """
     texts, labels = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{str(path)!r}, line {number}, is no JSON: {error}") from error
-        text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
+    for number, row in enumerate(read_rows(source), 1):
+        text, label = row.get("text"), row.get("label")
         if not isinstance(text, str) or not text.strip() or not isinstance(label, str | int):
             raise ValueError(
-                f"{str(path)!r}, line {number}: 'text' {str(text)[:60]!r} must be a text and 'label' {label!r} a string, "
-                "a whole number or true or false"
+                f"{source!r}, row {number}: 'text' {str(text)[:60]!r} must be a text and 'label' {label!r} a string, "
+                f"a whole number or true or false; it has {', '.join(row)}"
             )
         texts.append(text)
         labels.append(str(label))
     if not texts:
-        raise ValueError(f"{str(path)!r} holds no labelled text")
-    return LabelledTexts(path.name, texts, labels)
+        raise ValueError(f"{source!r} holds no labelled text")
+    return LabelledTexts(Path(source).name if text_format(source) else source, texts, labels)
 
 
 @dataclass(frozen=True)
@@ -142,6 +138,7 @@ def embed_texts(
     rows = [tokenizer(text, truncation=True, max_length=window)["input_ids"] for text in texts]
     if not all(rows):
         raise ValueError(f"text {texts[rows.index([])]!r} has no tokens; leave it out")
+    require_embeddings(torch.tensor([max(row) for row in rows]), model.config, tokenizer)
     batches = []
     for start in range(0, len(rows), BATCH_SIZE):
         batch = rows[start : start + BATCH_SIZE]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from shoal.blocks import Stack, find_stacks, text_config
 from shoal.corpus import Corpus, load_corpus, load_evaluation
 from shoal.evaluate import evaluate
-from shoal.linearity import RANKING, BlockLinearity, ScaledScores, score_blocks, score_scaled
+from shoal.linearity import RANKING, BlockLinearity, ScaledScores, require_calibration, score_blocks, score_scaled
 from shoal.models import is_memory_short, load_model, load_tokenizer, recipe_of
 from shoal.moments import measure_moments
 from shoal.prepare import Listener, count_on, ignore
@@ -90,6 +90,7 @@ def profile_model(
     model = load_model(name, revision=revision, dtype=dtype, streamed=streamed, any_kind=True)
     tokenizer = load_tokenizer(name, revision=revision)
     corpus = load_corpus(texts, tokenizer, model.config)
+    require_calibration(corpus.calibration, model)
     listen("load", 1, 1)
     profiles = [_profile_stack(stack, corpus, tokenizer, update_scales, listen) for stack in find_stacks(model)]
     label = f"{name}@{revision}" if revision else name
@@ -139,7 +140,7 @@ def evaluate_beside(
             "token by token"
         )
     trained_on = recipe.training_texts if recipe else []
-    evaluation = load_evaluation(texts, load_tokenizer(base, revision=revision), trained_on)
+    evaluation = load_evaluation(texts, load_tokenizer(base, revision=revision), teacher.config, trained_on)
     listen("load", 1, 1)
     results = []
     for windows in evaluation:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import PurePath
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -20,7 +21,9 @@ Trained = Literal["maps", "lora", "all"]
 
 Sparsity = float | Literal["2:4", "4:8"]
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+TEXT_FORMATS = (".txt", ".jsonl", ".json", ".parquet")
+# Of text and JSON; parquet is packed inside.
+PACKED = (".gz", ".zst", ".bz2", ".xz")
 PACKAGED_TEXT = "wikipedia-sample"
 KINDS: tuple[Kind, ...] = ("linear", "low_rank", "folded", "dropped")
 
@@ -39,6 +42,15 @@ class Text(Value):
     num_tokens: int = Field(ge=1)
 
 
+def text_format(source: str) -> str | None:
+    """Which of `TEXT_FORMATS` the name of a local file says, packed or not; None for other sources."""
+    path = PurePath(source.lower())
+    is_packed = path.suffix in PACKED
+    name = path.stem if is_packed else path.name
+    suffix = PurePath(name).suffix
+    return suffix if suffix in TEXT_FORMATS and not (is_packed and suffix == ".parquet") else None
+
+
 def _as_tuple(names: object) -> object:
     return (names,) if isinstance(names, str) else names
 
@@ -54,10 +66,14 @@ class Texts(Value):
 
     train: Sources = (PACKAGED_TEXT,)
     evaluation: Sources = (PACKAGED_TEXT,)
-    calibration_tokens: int = Field(default=32_768, ge=1)
+    calibration_tokens: int | None = Field(default=None, ge=1, description="None: what the model's width asks for")
     evaluation_tokens: int = Field(default=16_384, ge=1, description="of each evaluation text")
     selection_tokens: int = Field(default=4_096, ge=1, description="held out from training: for choices and early stops")
     window: int = Field(default=1024, ge=8, description="tokens per window in calibration and evaluation")
+
+    def find_calibration_tokens(self, width: int) -> int:
+        """Tokens to calibrate a model of this width on: as given, or 16 per dimension and at least 32,768."""
+        return self.calibration_tokens or max(32_768, 16 * width)
 
 
 class LossWeights(Value):

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.corpus import load_unseen
 from shoal.evaluate import mean_and_error
 from shoal.losses import find_normalizer
-from shoal.models import recipe_of
+from shoal.models import load_tokenizer, recipe_of
 from shoal.prepare import Listener, ignore
 from shoal.recipe import TaskScore
+from shoal.sources import Documents
 from shoal.task_scores import TaskResult, compare_results, load_beside
-from shoal.text import Documents
+from shoal.text import require_embeddings
 
 WORDS = (
     "apple bridge candle desert engine forest garden hammer island jacket kettle ladder market needle orange pencil rabbit "
@@ -100,10 +101,12 @@ def evaluate_skills(
     """
     recipe = recipe_of(name)
     trained_on = recipe.training_texts if recipe else []
-    documents = load_unseen(source, trained_on)
+    documents = load_unseen(source, trained_on, load_tokenizer(name))
     results = []
     for model, tokenizer in load_beside(name, dense, dtype=dtype):
         skills = make_items(tokenizer, documents, num_items=num_items, seed=seed)
+        highest = max(max(*item.prompt, *item.answer) for items in skills.values() for item in items)
+        require_embeddings(torch.tensor(highest), model.config, tokenizer)
         results.append(measure_skills(model, skills, listen=listen))
     return compare_results(*results)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from shoal.corpus import load_corpus
 from shoal.evaluate import mean_and_error, score_windows
 from shoal.fit import fit_independent
-from shoal.linearity import BlockLinearity, score_blocks
+from shoal.linearity import BlockLinearity, require_calibration, score_blocks
 from shoal.models import load_model, load_tokenizer
 from shoal.moments import Moments, measure_moments
 from shoal.prepare import Listener, count_on, ignore
@@ -75,6 +75,7 @@ def find_worth(
     listen("load", 0, 1)
     model, tokenizer = load_model(name, revision=revision, dtype=dtype), load_tokenizer(name, revision=revision)
     corpus = load_corpus(texts, tokenizer, model.config)
+    require_calibration(corpus.calibration, model)
     listen("load", 1, 1)
     windows, held = corpus.calibration, corpus.evaluation[0]
     moments = measure_moments(model, windows, on_progress=count_on(listen, "moments", 0, len(windows)))

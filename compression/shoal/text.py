@@ -1,45 +1,31 @@
-"""Texts in, token windows out; and the check that evaluation text was not seen in calibration or distillation.
-
-A source is one of
-    wikipedia-sample                       100 English Wikipedia pages, packaged (gensim's test data)
-    notes.txt  corpus.jsonl  data.parquet  a local file
-    org/name  org/name:config  org/name:config@split   a Hub dataset
-"""
+"""Documents in, token windows of each role out; and the check that evaluation text was not seen in training."""
 
 from __future__ import annotations
 
 import hashlib
 import random
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from shoal.recipe import PACKAGED_TEXT, TEXT_SUFFIXES, Text
+from shoal.recipe import Text
+from shoal.sources import Documents
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-TEXT_FIELDS = ("text", "content", "document", "story", "article")
 # Fractions of a source that several roles share. A role gets what it needs from its share, and no more.
 SHARES = {"pretraining": 0.8, "calibration": 0.4, "distillation": 0.4, "selection": 0.08, "evaluation": 0.12}
 # 48 tokens are about 200 characters: shorter runs recur in independent texts (quotations, boilerplate, tables).
 LEAK_NGRAM = 48
-# Of a larger data set the first ones are used: some hundred million tokens.
-MAX_DOCUMENTS = 200_000
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Texts from one source. `independent` ones may be shuffled; pieces of one long text may not."""
-
-    name: str
-    texts: list[str]
-    independent: bool = True
+# Chat tokenizers give the end of a turn as their `eos_token`; these end a document, where they have one.
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+# Where a running text is cut, best first: before an article of WikiText, a paragraph, a line.
+PLACES_TO_CUT = [re.compile(pattern, re.MULTILINE) for pattern in (r"^ ?= [^=\n].* = ?$", r"(?<=\n\n)(?=[^\n])", r"^")]
+# A running text is tokenized in stretches: tokens at their seams may differ from those of the whole.
+STRETCH = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -69,148 +55,126 @@ class TokenWindows:
         return TokenWindows(self.ids[start:stop], self.name)
 
 
-def load_documents(source: str) -> Documents:
-    """The documents of a source (see the module's text for the forms that a source takes).
+def deal_documents(documents: Documents, roles: list[str], *, seed: int = 0) -> dict[str, Documents]:
+    """Each role's own part, in proportion to `SHARES` by characters: whole documents, drawn at random.
 
-    Raises ValueError if it is not there, holds no text, or has no column that is clearly the text.
+    Running text, and documents too few to go round, are cut into a stretch for each role. Evaluation text, whether shared
+    or not, is in the order of its source.
     """
-    if source == PACKAGED_TEXT:
-        documents = Documents(source, _read_wikipedia_sample())
-    elif Path(source).suffix in TEXT_SUFFIXES:
-        documents = _read_file(Path(source))
-    else:
-        documents = _from_columns(source, open_dataset(source))
-    texts = [text for text in documents.texts if text.strip()]
-    if not texts:
-        raise ValueError(f"{source!r} holds no text: every document is empty")
-    return Documents(documents.name, texts, documents.independent)
-
-
-def _read_wikipedia_sample() -> list[str]:
-    """The pages of gensim's test dump that are articles, with the wiki markup taken out."""
-    import bz2
-
-    from gensim.corpora.wikicorpus import extract_pages, filter_wiki
-    from gensim.test.utils import datapath
-
-    dump = datapath("enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2")
-    with bz2.open(dump) as file:
-        pages = [filter_wiki(text) for _, text, _ in extract_pages(file, filter_namespaces=("0",))]
-    # Redirects are shorter than 1,000 characters. Lines without a full stop are the remains of tables and lists.
-    return [_keep_sentences(page) for page in pages if len(page) > 1000]
-
-
-def _keep_sentences(page: str) -> str:
-    lines = (line.strip().replace("'''", "").replace("''", '"') for line in page.splitlines())
-    return "\n\n".join(line for line in lines if line.startswith("==") or ". " in line or line.endswith("."))
-
-
-def _read_file(path: Path) -> Documents:
-    if not path.is_file():
-        raise ValueError(f"text file {str(path)!r} does not exist; check the path")
-    if path.suffix == ".txt":
-        return Documents(path.name, _split_pieces(path.read_text(encoding="utf-8", errors="replace")), independent=False)
-    if path.stat().st_size == 0:
-        return Documents(path.name, [])
-    return _from_columns(path.name, open_dataset(str(path)))
-
-
-def open_dataset(source: str) -> Dataset:
-    """The rows of a .jsonl or .parquet file, or of a Hub dataset. Raises ValueError if it cannot be read."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    path = Path(source)
-    if path.suffix in (".jsonl", ".parquet"):
-        if not path.is_file():
-            raise ValueError(f"data file {source!r} does not exist; check the path")
-        kind = "json" if path.suffix == ".jsonl" else "parquet"
-        try:
-            return load_dataset(kind, data_files=source, split="train")
-        except (DatasetsError, ValueError) as error:
-            raise ValueError(f"data file {source!r} is damaged or no {path.suffix}: {_first_line(error)}") from error
-    name, _, split = source.partition("@")
-    name, _, config = name.partition(":")
-    try:
-        return load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"cannot load text {source!r}: it is not {PACKAGED_TEXT!r}, no local .txt, .jsonl or .parquet file, and not a "
-            f"dataset that the Hub (or its cache) gives: {_first_line(error)}"
-        ) from error
-
-
-def _split_pieces(text: str, length: int = 8000) -> list[str]:
-    """A long text in pieces of about `length` characters, cut at line ends (inside a line only if it is longer)."""
-    pieces, lines, size = [], [], 0
-    for whole in text.splitlines(keepends=True):
-        for line in (whole[start : start + length] for start in range(0, len(whole), length)):
-            lines.append(line)
-            size += len(line)
-            if size >= length:
-                pieces.append("".join(lines))
-                lines, size = [], 0
-    return [*pieces, "".join(lines)]
-
-
-def _from_columns(name: str, dataset: Dataset) -> Documents:
-    columns = [
-        c for c, feature in dataset.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")
-    ]
-    named = [c for c in TEXT_FIELDS if c in columns] or (columns if len(columns) == 1 else [])
-    if not named:
-        raise ValueError(f"{name!r} has the text columns {columns}: rename the one to use to 'text'")
-    rows = dataset.select(range(min(len(dataset), MAX_DOCUMENTS)))
-    return Documents(name, [text or "" for text in rows[named[0]]])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def deal_documents(documents: Documents, roles: list[str], *, seed: int = 0) -> dict[str, list[str]]:
-    """Each role's own documents, none in two roles, in proportion to `SHARES` by characters."""
-    texts = list(documents.texts)
-    if len(roles) > 1 and len(texts) < len(roles) * 2:
-        texts = _split_pieces("\n".join(texts), length=max(200, sum(map(len, texts)) // (16 * len(roles))))
-    if documents.independent:
-        random.Random(seed).shuffle(texts)
-    total_share = sum(SHARES[role] for role in roles)
-    total = sum(len(text) for text in texts)
-    dealt: dict[str, list[str]] = {role: [] for role in roles}
-    position, bound, queue = 0, 0.0, iter(roles)
+    texts, name = documents.texts, documents.name
+    if not documents.independent or len(texts) < 2 * len(roles):
+        parts = _cut_stretches(texts, roles)
+        return {role: Documents(name, parts[role], documents.independent) for role in roles}
+    order = list(range(len(texts)))
+    random.Random(seed).shuffle(order)
+    bounds = _find_bounds(sum(map(len, texts)), roles)
+    dealt: dict[str, list[int]] = {role: [] for role in roles}
+    position, queue = 0, iter(roles)
     role = next(queue)
-    bound = SHARES[role] / total_share * total
-    for text in texts:
-        if position >= bound and (following := next(queue, None)):
+    for index in order:
+        if position >= bounds[role] and (following := next(queue, None)):
             role = following
-            bound += SHARES[role] / total_share * total
-        dealt[role].append(text)
-        position += len(text)
-    return dealt
+        dealt[role].append(index)
+        position += len(texts[index])
+    dealt["evaluation"] = sorted(dealt.get("evaluation", []))
+    return {role: Documents(name, [texts[index] for index in dealt[role]]) for role in roles}
+
+
+def _find_bounds(total: int, roles: list[str]) -> dict[str, float]:
+    """Where each role's share of `total` characters ends."""
+    bounds, share = {}, sum(SHARES[role] for role in roles)
+    for count, role in enumerate(roles, 1):
+        bounds[role] = sum(SHARES[one] for one in roles[:count]) / share * total
+    return bounds
+
+
+def _cut_stretches(texts: list[str], roles: list[str]) -> dict[str, list[str]]:
+    """A stretch of the texts for each role, in turn."""
+    bounds = _find_bounds(sum(map(len, texts)), roles)
+    parts: dict[str, list[str]] = {role: [] for role in roles}
+    position, queue = 0, iter(roles)
+    role = next(queue)
+    for text in texts:
+        begin = 0
+        while role != roles[-1] and position + len(text) - begin >= bounds[role]:
+            end = _find_cut(text, begin, round(bounds[role]) - position + begin)
+            parts[role].append(text[begin:end])
+            position, begin, role = position + end - begin, end, next(queue)
+        parts[role].append(text[begin:])
+        position += len(text) - begin
+    return {role: [part for part in parts[role] if part] for role in roles}
+
+
+def _find_cut(text: str, begin: int, near: int) -> int:
+    """A place to cut the text, not before `begin`, within 2 % of it around `near`; `near` itself if there is none."""
+    slack = len(text) // 50
+    low, high = max(begin, near - slack), min(len(text), near + slack)
+    for places in PLACES_TO_CUT:
+        if found := [match.start() for match in places.finditer(text, low, high) if match.start() > begin]:
+            return min(found, key=lambda place: abs(place - near))
+    return max(begin, near)
 
 
 def make_windows(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, name: str, window: int, num_tokens: int | None = None
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, window: int, num_tokens: int | None = None
 ) -> TokenWindows:
-    """Non-overlapping windows of the joined texts, each with the tokenizer's own prefix (BOS) if it sets one.
+    """Non-overlapping windows over the documents, each with the tokenizer's own prefix (BOS) if it sets one.
 
-    At most `num_tokens` tokens (all there are, if None). Raises ValueError if the text does not fill one window.
+    Documents end in the tokenizer's end-of-text token, if it has one. At most `num_tokens` tokens (all there are, if None).
+    Raises ValueError if the text does not fill one window.
     """
     prefix = _find_prefix(tokenizer)
     body = window - len(prefix)
     wanted = None if num_tokens is None else max(1, num_tokens // window) * body
     ids: list[int] = []
-    for start in range(0, len(texts), 64):
+    for part in _tokenize(documents, tokenizer, wanted):
+        ids += part
         if wanted is not None and len(ids) >= wanted:
             break
-        batch = tokenizer(texts[start : start + 64], add_special_tokens=False, verbose=False)["input_ids"]
-        ids += [token for document in batch for token in document]
     num_windows = len(ids) // body if wanted is None else min(len(ids), wanted) // body
     if num_windows == 0:
-        raise ValueError(f"text {name!r} has {len(ids)} tokens, fewer than one window of {window}: give more text")
+        raise ValueError(
+            f"text {documents.name!r} has {len(ids)} tokens, fewer than one window of {window}: give more text"
+        )
     rows = torch.tensor(ids[: num_windows * body]).view(num_windows, body)
-    return TokenWindows(torch.cat([torch.tensor(prefix, dtype=rows.dtype).expand(num_windows, -1), rows], dim=1), name)
+    rows = torch.cat([torch.tensor(prefix, dtype=rows.dtype).expand(num_windows, -1), rows], dim=1)
+    return TokenWindows(rows, documents.name)
+
+
+def _tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> Iterator[list[int]]:
+    """Token ids of the documents in turn, or of a running text as one; about as much as is wanted at a time."""
+    if documents.independent:
+        end = find_end(tokenizer)
+        for start in range(0, len(documents.texts), 64):
+            batch = tokenizer(documents.texts[start : start + 64], add_special_tokens=False, verbose=False)["input_ids"]
+            yield [token for ids in batch for token in (*ids, *([] if end is None else [end]))]
+        return
+    text = "".join(documents.texts)
+    # No tokenizer puts 16 characters into a token on average.
+    stretch = STRETCH if wanted is None else min(STRETCH, 16 * wanted + 1000)
+    begin = 0
+    while begin < len(text):
+        # Before a line, since tokens do not reach over its beginning.
+        end = len(text) if begin + stretch >= len(text) else text.rfind("\n", begin, begin + stretch) + 1 or begin + stretch
+        yield tokenizer(text[begin:end], add_special_tokens=False, verbose=False)["input_ids"]
+        begin = end
+
+
+def find_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends a document, None if the tokenizer has none."""
+    added = tokenizer.get_added_vocab()
+    return next((added[token] for token in END_OF_TEXT if token in added), tokenizer.eos_token_id)
+
+
+def require_embeddings(ids: Tensor, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for a token that the model has no embedding for."""
+    size: int = config.get_text_config(decoder=True).vocab_size
+    highest = int(ids.max())
+    if highest >= size:
+        raise ValueError(
+            f"the tokenizer makes token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) of this text, and the "
+            f"model has embeddings for {size} tokens: they do not belong together; give the model its own tokenizer's files"
+        )
 
 
 def close_windows(windows: TokenWindows, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:

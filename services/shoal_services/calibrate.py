@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ray
 from shoal.corpus import Corpus, load_corpus
-from shoal.linearity import score_blocks, write_scores
+from shoal.linearity import require_calibration, score_blocks, write_scores
 from shoal.models import choose_device, hash_weights, load_model, load_tokenizer
 from shoal.moments import Moments, measure_moments
 from shoal.prepare import Listener
@@ -130,6 +130,8 @@ def write_corpus(payload: dict, root: Path) -> None:
         config.texts, tokenizer, model.config,
         distillation_tokens=int(config.space.highest("distillation_tokens")), distillation_window=config.space.window,
     )  # fmt: skip
+    if config.space.highest("num_replaced"):
+        require_calibration(corpus.calibration, model)
     tokenizer.save_pretrained(folder.prepared / "tokenizer")
     (folder.prepared / "weights.sha256").write_text(hash_weights(model))
     corpus.save(folder.prepared / "corpus.safetensors")

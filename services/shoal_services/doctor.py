@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal_services.console import mask_passwords
+
 
 @dataclass(frozen=True)
 class Check:
@@ -38,7 +40,7 @@ def _try(name: str, look: Callable[[], str], remedy: str) -> Check:
     try:
         return Check(name, True, look())
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        return Check(name, False, " ".join(str(error).split())[:300], remedy)
+        return Check(name, False, mask_passwords(" ".join(str(error).split()))[:300], remedy)
 
 
 def _find_versions() -> str:

@@ -84,7 +84,7 @@ class TrialWork:
 
     def fit(self) -> Phase:
         """The walk: the teacher's blocks, the student's, and the sums for `down_proj` with a solve for each block."""
-        shape, tokens = self.shape, self.config.texts.calibration_tokens
+        shape, tokens = self.shape, self.config.texts.find_calibration_tokens(self.shape.width)
         operations = tokens * 2 * shape.forward_operations(self.config.texts.window)
         streams = tokens * (4 * shape.width + shape.mlp_width) * self.dtype_bytes
         sums = 4 * 8 * shape.width**2

@@ -128,7 +128,7 @@ def prepare_seconds(work: TrialWork, concurrent: int) -> float:
     """Moments, scores and the dense model's targets, once, over all accelerators; a streamed model's moments on one."""
     texts, shape, total = work.config.texts, work.shape, concurrent * work.workers
     forward = shape.forward_operations(texts.window)
-    moments = texts.calibration_tokens * (forward + shape.moment_operations()) / reached(work.hardware)
+    moments = texts.find_calibration_tokens(shape.width) * (forward + shape.moment_operations()) / reached(work.hardware)
     distillation = work.config.space.highest("distillation_tokens")
     tokens = distillation + texts.selection_tokens + texts.evaluation_tokens * len(texts.evaluation)
     targets = tokens * forward / (reached(work.hardware) * total)

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from shoal.files import write_text
 
 from shoal_services.config import Workers
+from shoal_services.console import mask_passwords
 from shoal_services.registry import ping
 from shoal_services.resources import Maximum, Shape, read_maximum, read_nodes
 
@@ -213,7 +214,7 @@ def _look_at_tracker(uri: str | None) -> str | None:
     except (OSError, RuntimeError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else error
         return (
-            f"tracking server {uri} does not answer {platform.node()} ({reason}); the search goes on, and "
-            "its records wait in the folder until the server is up: check run.tracking_uri"
+            f"tracking server {mask_passwords(uri or '')} does not answer {platform.node()} ({reason}); the search goes "
+            "on, and its records wait in the folder until the server is up: check run.tracking_uri"
         )
     return None

@@ -6,6 +6,8 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from shoal_services.console import mask_passwords
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -37,7 +39,7 @@ def ping(uri: str) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
-        return f"{uri}: {len(client.search_experiments())} experiments"
+        return f"{mask_passwords(uri)}: {len(client.search_experiments())} experiments"
     except MlflowException as error:
         raise RuntimeError(explain_failure(error)) from error
 
@@ -46,7 +48,7 @@ def explain_failure(error: Exception) -> str:
     """Why a tracker did not take or give something, on one line."""
     if getattr(error, "error_code", None) == "UNAUTHENTICATED":
         return "it refuses the user or the password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {mask_passwords(' '.join(str(error).split()))[:200]}"
 
 
 def find_registered(name: str, uri: str | None) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ray.job_submission import JobSubmissionClient
-from shoal.recipe import TEXT_SUFFIXES, fingerprint
+from shoal.recipe import fingerprint, text_format
 
 from shoal_services.config import SearchConfig
 from shoal_services.jobs import FOLDER_TAG, NAME_TAG, list_details
@@ -90,7 +90,7 @@ def require_portable(config: SearchConfig) -> list[Path]:
 def _list_relative_texts(config: SearchConfig) -> list[Path]:
     """Raises ValueError for those that are not here, not below this folder, or too large."""
     named = {Path(source) for source in (*config.texts.train, *config.texts.evaluation)}
-    texts = sorted(path for path in named if path.suffix in TEXT_SUFFIXES and not path.is_absolute())
+    texts = sorted(path for path in named if text_format(str(path)) and not path.is_absolute())
     for path in texts:
         if not path.is_file():
             raise ValueError(f"text file {str(path)!r} does not exist; check the path")

@@ -95,7 +95,7 @@ def frontier_table(name: str, frontier: Sequence[Point]) -> Table:
         collapse_padding=True,
     )
     for column in ("", "−", "kind", "params", "MB", "perplexity", "× dense", "KL", "decode"):
-        table.add_column(column, justify="left" if column in ("", "kind") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("", "kind") else "right")
     if not frontier:
         return table
     dense, first = frontier[0], frontier[0].evaluations[0]
@@ -196,7 +196,10 @@ def cost_table(point: EncoderPoint) -> Table:
 
 def evaluation_table(name: str, evaluations: Sequence[Evaluation]) -> Table:
     """A model's quality on each text beside the dense model's."""
-    table = Table(title=name, caption="± one standard error over windows (of the ratio: paired).", caption_justify="left")
+    caption = "± one standard error over windows (of the ratio: paired)."
+    table = Table(
+        title=name, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for column in ("text", "tokens", "dense perplexity", "perplexity", "× dense", "KL", "same top token"):
         table.add_column(column, justify="left" if column == "text" else "right")
     for e in evaluations:
@@ -212,7 +215,9 @@ def evaluation_table(name: str, evaluations: Sequence[Evaluation]) -> Table:
 def task_table(name: str, scores: Sequence[TaskScore]) -> Table:
     """A model's scores in tasks beside the dense model's."""
     caption = "± one standard error over examples (of the difference: paired)."
-    table = Table(title=name, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=name, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for column in ("task", "metric", "examples", "dense", "score", "difference"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right", overflow="fold")
 

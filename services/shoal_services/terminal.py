@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,8 +20,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from shoal.linearity import BlockLinearity
 
+from shoal_services.console import console, mask_passwords, quote, say, show
 from shoal_services.folder import TrialResult, read_progress
 from shoal_services.tables import linearity_table
 
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from shoal_services.pretraining.results import PretrainResult
 
 LINE_EVERY_S = 30.0
-console = Console(stderr=True, highlight=False)
-output = Console(highlight=False)
+# What a line of the display takes beside its bar, its label and its note.
+NUMBERS_WIDTH = 42
 
 
 class ProgressDisplay:
@@ -41,10 +42,14 @@ class ProgressDisplay:
     """
 
     def __init__(self) -> None:
+        # Numbers are never cut: what is too much for the width goes off the bar, the note and the label.
+        spare = max(0, console.width - NUMBERS_WIDTH)
+        label_width, bar_width = min(28, max(12, spare - 8)), min(30, max(4, spare - 30))
+        note_width = max(1, spare - label_width - bar_width)
         self.progress = Progress(
-            TextColumn("{task.description:<28}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", style="dim"), console=console,
-            disable=not console.is_terminal,
+            _text_column("{task.description}", label_width), BarColumn(bar_width), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            _text_column("{task.fields[note]}", note_width, style="dim"), console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self.tasks: dict[str, TaskID] = {}
         self.said, self.said_at = "", -math.inf
@@ -60,27 +65,27 @@ class ProgressDisplay:
     def _say(self, line: str, *, at_once: bool) -> None:
         if line != self.said and (at_once or time.monotonic() - self.said_at > LINE_EVERY_S):
             self.said, self.said_at = line, time.monotonic()
-            console.print(line)
+            say(line)
 
     def remark(self, text: str) -> None:
         """A line above the bars."""
-        self.progress.console.print(text)
+        say(text)
 
     def show_linearity(self, model: str, scores: Sequence[BlockLinearity]) -> None:
         """The table of linearity, above the bars."""
-        self.progress.console.print(linearity_table(model, scores))
+        show(linearity_table(model, scores), to=console)
 
     def show_trial(self, result: TrialResult) -> None:
         """One line for a trial that has ended, above the bars, and one for each of its faults."""
         for fault in result.faults:
-            self.progress.console.print(f"trial {result.key}: workers were started again: {fault}", markup=False)
+            say(f"trial {result.key}: workers were started again: {fault}")
         point = result.point
         if point is None:
-            self.progress.console.print(f"trial {result.key} {result.status}: {result.reason}", markup=False)
+            say(f"trial {result.key} {result.status}: {result.reason}")
             return
         first, recipe = point.evaluations[0], point.recipe
         distilled = f"{recipe.distillation.num_tokens:,} tokens distilled" if recipe.distillation else "not distilled"
-        self.progress.console.print(
+        say(
             f"trial {result.key}: {recipe.changes}, {distilled}: "
             f"{point.num_parameters / 1e6:.1f} M, "
             f"perplexity {first.perplexity:.2f} ± {first.standard_error:.2f} (dense {first.dense_perplexity:.2f})"
@@ -90,10 +95,10 @@ class ProgressDisplay:
         """One line for a pretraining run that has ended, above the bars."""
         name = f"run {result.key}: {result.regularizer.label}, seed {result.assignment['seed']}"
         if result.status != "finished":
-            self.progress.console.print(f"{name}: {result.status}: {result.reason}")
+            say(f"{name}: {result.status}: {result.reason}")
             return
         last = result.checks[-1]
-        self.progress.console.print(
+        say(
             f"{name}: perplexity {last['validation_perplexity']:.2f}, mean linearity {last['mean_held_out']:.4f}, "
             f"without residual {last['mean_held_out_without_residual']:.4f} (held out)"
         )
@@ -102,6 +107,11 @@ class ProgressDisplay:
         """A remark behind a bar."""
         if stage in self.tasks:
             self.progress.update(self.tasks[stage], note=text)
+
+
+def _text_column(form: str, width: int, *, style: str = "none") -> TextColumn:
+    column = Column(no_wrap=True, overflow="ellipsis", min_width=width, max_width=width)
+    return TextColumn(form, style=style, markup=False, table_column=column)
 
 
 @contextmanager
@@ -143,11 +153,20 @@ def follow_trials(trials: Path) -> Iterator[ProgressDisplay]:
         with show_progress() as display, watch_trials(display, trials):
             yield display
     except KeyboardInterrupt as interrupt:
-        console.print("stopped; the same command goes on from here")
+        say("stopped; the same command goes on from here")
         raise typer.Exit(130) from interrupt
 
 
 def tell_unsent(num_unsent: int, problem: str | None) -> None:
     """Says how many records wait for a tracker that did not answer."""
     if num_unsent:
-        console.print(f"{num_unsent} records wait for the tracker ({problem}); give the same command again when it is up")
+        say(f"{num_unsent} records wait for the tracker ({problem}); give the same command again when it is up")
+
+
+def tell_runs(tracking_uri: str) -> None:
+    """How to see the runs: an MLflow server by its address, a database by a command."""
+    is_server = tracking_uri.startswith("http")
+    say(
+        "runs:      "
+        + (tracking_uri if is_server else quote("mlflow", "ui", "--backend-store-uri", mask_passwords(tracking_uri)))
+    )

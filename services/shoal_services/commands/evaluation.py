@@ -66,8 +66,9 @@ def evaluate(
     from shoal.profile import evaluate_beside
     from shoal.skills import evaluate_skills
 
+    from shoal_services.console import show
     from shoal_services.tables import evaluation_table
-    from shoal_services.terminal import output, show_progress
+    from shoal_services.terminal import show_progress
 
     if skills:
         with show_progress() as listen:
@@ -80,14 +81,14 @@ def evaluate(
     if as_json:
         print(json.dumps([json.loads(e.model_dump_json()) for e in evaluations], indent=2))
         return
-    output.print(evaluation_table(model, evaluations))
+    show(evaluation_table(model, evaluations))
 
 
 def _tell_scores(model: str, scores: Sequence[TaskScore], as_json: bool) -> None:
+    from shoal_services.console import show
     from shoal_services.tables import task_table
-    from shoal_services.terminal import output
 
     if as_json:
         print(json.dumps([score.model_dump() | {"difference": score.difference} for score in scores], indent=2))
         return
-    output.print(task_table(model, scores))
+    show(task_table(model, scores))

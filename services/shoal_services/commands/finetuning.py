@@ -57,7 +57,7 @@ def finetune(
     batch_size: Annotated[int, typer.Option(help="Examples per step, over all workers.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens of a text; of longer ones the end is kept.")] = 256,
     text: TrainText = ["wikipedia-sample"],  # noqa: B006
-    calibration_tokens: Tokens = 32_768,
+    calibration_tokens: Tokens = None,
     window: Window = 1024,
     dtype: Dtype = None,
     revision: Revision = None,
@@ -103,29 +103,31 @@ def finetune(
             "texts": make_texts(text, text, calibration_tokens=calibration_tokens, window=window),
         }
     )  # fmt: skip
+    from shoal_services.console import say, show
     from shoal_services.finetuning.sweep import run_finetuning
-    from shoal_services.terminal import console, follow_trials, output, tell_unsent
+    from shoal_services.terminal import follow_trials, tell_runs, tell_unsent
 
     with follow_trials(config.folder / "trials") as display:
         outcome = run_finetuning(config, display, num_cpus=num_cpus)
     for result in outcome.results:
         if result.status != "finished":
-            console.print(f"{result.key} {result.status}: {result.reason}")
+            say(f"{result.key} {result.status}: {result.reason}")
     tell_unsent(outcome.num_unsent, outcome.tracking_problem)
     if outcome.finetuned is None:
         raise typer.Exit(1)
     if as_json:
         print((outcome.folder / "finetuning.json").read_text())
     else:
-        output.print(_make_table(outcome.finetuned))
-    console.print(f"models:   {outcome.folder}/trials/seed-N/model")
-    console.print(f"page:     {outcome.folder / 'linearity.html'}")
-    console.print(f"runs:     mlflow ui --backend-store-uri {outcome.tracking_uri}")
+        show(_make_table(outcome.finetuned))
+    say(f"models:    {outcome.folder}/trials/seed-N/model\npage:      {outcome.folder / 'linearity.html'}")
+    tell_runs(outcome.tracking_uri)
 
 
 def _make_name(model: str, data: str) -> str:
     """`finetune-MODEL-DATA`, of the last parts of both."""
-    return f"finetune-{Path(model).name}-" + Path(data).stem.replace(":", "-").replace("@", "-")
+    from shoal_services.console import name_of
+
+    return f"finetune-{name_of(model)}-" + Path(data).stem.replace(":", "-").replace("@", "-")
 
 
 def _make_table(finetuned: Finetuned) -> Table:

@@ -52,15 +52,16 @@ def submit(
 
     loaded = load_config(config).run_with(storage=storage, tracking_uri=tracking_uri)
 
+    from shoal_services.console import say
     from shoal_services.jobs import connect_jobs
     from shoal_services.submit import require_portable, submit_search
 
     require_portable(loaded)
     client = connect_jobs(address)
     job_id = submit_search(client, config, loaded)
-    typer.echo(f"job {job_id} on {address}", err=True)
+    say(f"job {job_id} on {address}")
     if detach:
-        typer.echo(_say_how_to_return(job_id, address), err=True)
+        say(_say_how_to_return(job_id, address))
         return
     _follow(client, job_id, address)
 
@@ -115,18 +116,20 @@ def stop(job: JobName, address: Address = LOCAL_DASHBOARD) -> None:
 
         shoal stop demo-1a2b3c4d-1
     """
+    from shoal_services.console import say
     from shoal_services.jobs import connect_jobs, find_job, stop_job
 
     client = connect_jobs(address)
     found = find_job(client, job)
     if found.has_ended:
-        typer.echo(f"job {found.id} has ended already: {found.status}", err=True)
+        say(f"job {found.id} has ended already: {found.status}")
         return
-    typer.echo(f"job {found.id}: {stop_job(client, found.id).status}; `shoal submit` goes on from here", err=True)
+    say(f"job {found.id}: {stop_job(client, found.id).status}; `shoal submit` goes on from here")
 
 
 def _follow(client, job_id: str, address: str) -> None:
     """The log to standard output, and the job's outcome as exit code."""
+    from shoal_services.console import say
     from shoal_services.jobs import INTERRUPTED, follow_log
 
     def write(text: str) -> None:
@@ -136,23 +139,22 @@ def _follow(client, job_id: str, address: str) -> None:
     try:
         ended = follow_log(client, job_id, write)
     except KeyboardInterrupt as interrupt:
-        typer.echo(f"\njob {job_id} runs on\n{_say_how_to_return(job_id, address)}", err=True)
+        say(f"\njob {job_id} runs on\n{_say_how_to_return(job_id, address)}")
         raise typer.Exit(INTERRUPTED) from interrupt
-    typer.echo(f"job {job_id}: {ended.status}, results in {ended.folder}", err=True)
+    say(f"job {job_id}: {ended.status}, results in {ended.folder}")
     if ended.exit_code == 127:
-        typer.echo(
-            "the cluster does not know the command `shoal`: install Shoal on its head and nodes, in one version", err=True
-        )
+        say("the cluster does not know the command `shoal`: install Shoal on its head and nodes, in one version")
     elif ended.outcome and not ended.exit_code:
-        typer.echo(ended.message.splitlines()[0] if ended.message else "", err=True)
+        say(ended.message.splitlines()[0] if ended.message else "")
     raise typer.Exit(ended.outcome)
 
 
 def _print_table(found: list[Job]) -> None:
     """Submitted searches with state, start (UTC), length and folder."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
+
+    from shoal_services.console import show
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in ("job", "status", "started, UTC", "took", "folder"):
@@ -161,8 +163,12 @@ def _print_table(found: list[Job]) -> None:
         started = f"{job.started:%Y-%m-%d %H:%M}" if job.started else ""
         took = str((job.ended or datetime.now(UTC)) - job.started).partition(".")[0] if job.started else ""
         table.add_row(job.id, job.status, started, took, job.folder)
-    Console(highlight=False).print(table)
+    show(table)
 
 
 def _say_how_to_return(job_id: str, address: str) -> str:
-    return f"follow:  shoal logs {job_id} --follow --address {address}\nstop:    shoal stop {job_id} --address {address}"
+    from shoal_services.console import mask_passwords, quote
+
+    options = "--address", mask_passwords(address)
+    follow, stop = quote("shoal", "logs", job_id, "--follow", *options), quote("shoal", "stop", job_id, *options)
+    return f"follow:  {follow}\nstop:    {stop}"

@@ -32,14 +32,14 @@ def doctor(
 
         shoal doctor --address ray://head:10001 --storage /mnt/shared --tracking-uri http://mlflow:5000
     """
+    from shoal_services.console import show
     from shoal_services.doctor import examine
-    from shoal_services.terminal import output
 
     checks = examine(storage=storage, tracking_uri=tracking_uri, address=address)
     if as_json:
         print(json.dumps([check.__dict__ for check in checks], indent=2))
     else:
-        output.print(doctor_table(checks))
+        show(doctor_table(checks))
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
 
@@ -47,10 +47,11 @@ def doctor(
 def doctor_table(checks: Sequence[Check]) -> Table:
     """What was checked, what was found, and what to do where it is wrong."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False)
     for check in checks:
-        mark = "[green]ok[/green]" if check.passed else "[red]no[/red]"
+        mark = Text("ok", "green") if check.passed else Text("no", "red")
         table.add_row(
             mark, check.name, check.finding + (f"\n→ {check.remedy}" if check.remedy and not check.passed else "")
         )

@@ -53,7 +53,7 @@ class SelectionName(StrEnum):
 def profile(
     models: Annotated[list[str], typer.Argument(help="Hub ids, folders, .gguf files, or aliases; several are compared.")],
     text: TrainText = ["wikipedia-sample"],  # noqa: B006
-    calibration_tokens: Tokens = 32_768,
+    calibration_tokens: Tokens = None,
     window: FittingWindow = None,
     dtype: Dtype = None,
     revision: Annotated[
@@ -87,9 +87,10 @@ def profile(
     """
     from shoal.profile import profile_model
 
+    from shoal_services.console import name_of, say, show
     from shoal_services.linearity_page import is_one_model, write_comparison_page, write_linearity_page
     from shoal_services.tables import comparison_table, linearity_table, scale_table
-    from shoal_services.terminal import console, output, show_progress
+    from shoal_services.terminal import show_progress
 
     if len(models) > 1 and revision:
         raise ValueError("--revision chooses among the revisions of one model; name one model, or none of its revisions")
@@ -107,7 +108,7 @@ def profile(
                 model, texts, revision=one, dtype=dtype, streamed=streamed, update_scales=update_scale, listen=listen_for
             )
     first = measured[0]
-    page = page or Path(f"linearity-{Path(models[0]).name}.html")
+    page = page or Path(f"linearity-{name_of(models[0])}.html")
     if len(measured) == 1:
         write_linearity_page(page, first.model, first.scores, first)
     else:
@@ -116,12 +117,12 @@ def profile(
         print(json.dumps(first.as_dict() if len(measured) == 1 else [one.as_dict() for one in measured], indent=2))
         return
     for part in measured if is_one_model(measured) else ():
-        output.print(linearity_table(part.label, part.scores))
+        show(linearity_table(part.label, part.scores))
     if len(measured) > 1:
-        output.print(comparison_table(measured))
+        show(comparison_table(measured))
     for profile in measured if update_scale else ():
-        output.print(scale_table(profile))
-    console.print(f"page: {page}")
+        show(scale_table(profile))
+    say(f"page: {page}")
 
 
 def compress(
@@ -145,7 +146,7 @@ def compress(
     trained: Annotated[str, typer.Option(help="What distillation trains: maps, lora (and maps), all.")] = "lora",
     text: TrainText = ["wikipedia-sample"],  # noqa: B006
     evaluation_text: EvaluationText = ["wikipedia-sample"],  # noqa: B006
-    calibration_tokens: Tokens = 32_768,
+    calibration_tokens: Tokens = None,
     evaluation_tokens: EvaluationTokens = 16_384,
     window: FittingWindow = None,
     dtype: Dtype = None,
@@ -180,8 +181,9 @@ def compress(
     from shoal.models import read_config
     from shoal.recipe import Distillation, Recipe
 
+    from shoal_services.console import name_of, say, show
     from shoal_services.tables import point_table
-    from shoal_services.terminal import console, output, show_progress
+    from shoal_services.terminal import show_progress
 
     listed = _parse_blocks(blocks)
     if (num_replaced is None) == (listed is None):
@@ -205,7 +207,7 @@ def compress(
     texts = make_texts(
         text, evaluation_text, calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens, window=window
     )
-    folder = out or Path(f"{Path(model).name}-{recipe.short_name}")
+    folder = out or Path(f"{name_of(model)}-{recipe.short_name}")
     if not is_causal(read_config(model, revision=revision)):
         if streamed:
             raise ValueError("an encoder cannot be streamed; leave out --streamed")
@@ -216,23 +218,24 @@ def compress(
     if as_json:
         print(point.model_dump_json(indent=2))
         return
-    output.print(point_table(point))
-    console.print(f"model: {folder}   card: {folder / 'README.md'}   load: shoal.load({str(folder)!r})")
+    show(point_table(point))
+    say(f"model: {folder}\ncard:  {folder / 'README.md'}\nload:  shoal.load({str(folder)!r})")
 
 
 def _compress_encoder(recipe: Recipe, folder: Path, texts: Texts, as_json: bool) -> None:
     from shoal.encoders import compress_encoder
 
+    from shoal_services.console import say, show
     from shoal_services.tables import cost_table
-    from shoal_services.terminal import console, output, show_progress
+    from shoal_services.terminal import show_progress
 
     with show_progress() as listen:
         point = compress_encoder(recipe, folder, texts=texts, listen=listen)
     if as_json:
         print(point.model_dump_json(indent=2))
         return
-    output.print(cost_table(point))
-    console.print(f"model: {folder}   load: shoal.load({str(folder)!r})")
+    show(cost_table(point))
+    say(f"model: {folder}\nload:  shoal.load({str(folder)!r})")
 
 
 def _parse_blocks(blocks: str | None) -> tuple[int, ...] | None:

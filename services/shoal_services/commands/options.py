@@ -21,7 +21,9 @@ TrainText = Annotated[
 EvaluationText = Annotated[
     list[str], typer.Option(help="Text to evaluate on; other than --text, or shared out. Repeatable.")
 ]
-Tokens = Annotated[int, typer.Option(help="Tokens to calibrate on; at least 9 per hidden dimension.")]
+Tokens = Annotated[
+    int | None, typer.Option(help="Tokens to calibrate on; by default 16 per hidden dimension, and at least 32,768.")
+]
 EvaluationTokens = Annotated[int, typer.Option(help="Tokens of each evaluation text.")]
 Window = Annotated[int, typer.Option(help="Tokens per window in calibration and evaluation.")]
 FittingWindow = Annotated[
@@ -57,7 +59,7 @@ def choose_window(window: int | None, models: list[str], revisions: Sequence[str
     return min([1024, *filter(None, contexts)])
 
 
-def make_texts(train: list[str], evaluation: list[str], **sizes: int) -> Texts:
+def make_texts(train: list[str], evaluation: list[str], **sizes: int | None) -> Texts:
     """The texts that the options name. Raises ValueError for what cannot be."""
     from shoal.recipe import Texts
 

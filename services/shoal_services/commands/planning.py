@@ -44,8 +44,8 @@ def plan(
     from shoal.cost import HARDWARE
 
     from shoal_services.config import load_config
+    from shoal_services.console import show
     from shoal_services.plan import plan_search, read_shape
-    from shoal_services.terminal import output
 
     if gpu not in HARDWARE:
         raise ValueError(f"--gpu {gpu!r} is not known; choose one of {', '.join(HARDWARE)}")
@@ -59,7 +59,7 @@ def plan(
     if as_json:
         print(json.dumps({"model": name, "gpu": gpu, "plans": [one.as_dict() for one in plans]}, indent=2))
         return
-    output.print(plan_table(search.name, name, gpu, shape, plans))
+    show(plan_table(search.name, name, gpu, shape, plans))
 
 
 def plan_table(search: str, model: str, gpu: str, shape: Shape, plans: Sequence[Plan]) -> Table:

@@ -50,22 +50,23 @@ def pretrain(
 
 
 def _print_outcome(name: str, outcome, as_json: bool) -> None:
-    from shoal_services.terminal import console, output, tell_unsent
+    from shoal_services.console import quote, say, show
+    from shoal_services.terminal import tell_runs, tell_unsent
 
     finished = [result for result in outcome.results if result.status == "finished"]
     if as_json:
         print((outcome.folder / "pretraining.json").read_text())
     elif finished:
-        output.print(pretraining_table(name, finished))
+        show(pretraining_table(name, finished))
     for result in outcome.results:
         if result.status != "finished":
-            console.print(f"run {result.key} {result.status}: {result.reason}")
+            say(f"run {result.key} {result.status}: {result.reason}")
     tell_unsent(outcome.num_unsent, outcome.tracking_problem)
-    console.print(f"page:     {outcome.folder / 'pretraining.html'}")
-    console.print(f"runs:     mlflow ui --backend-store-uri {outcome.tracking_uri}")
+    say(f"page:      {outcome.folder / 'pretraining.html'}")
+    tell_runs(outcome.tracking_uri)
     if not finished:
         raise typer.Exit(1)
-    console.print(f"look at:  shoal profile {finished[0].model}")
+    say(f"look at:   {quote('shoal', 'profile', finished[0].model)}")
 
 
 def pretraining_table(name: str, results: Sequence[PretrainResult]) -> Table:

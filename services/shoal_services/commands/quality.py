@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 def probe(
     models: Annotated[list[str], typer.Argument(help="Hub ids, folders, .gguf files, or aliases; shown side by side.")],
-    data: Annotated[Path, typer.Option(help="Labelled texts: .jsonl with the fields text and label.")],
+    data: Annotated[
+        str, typer.Option(help="Labelled texts: .jsonl, .parquet or Hub dataset with the columns text and label.")
+    ],
     window: Annotated[int, typer.Option(min=1, help="Tokens of each text at most.")] = 256,
     folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
@@ -50,7 +52,8 @@ def probe(
     """
     from shoal.probe import load_labelled, probe_model
 
-    from shoal_services.terminal import output, show_progress
+    from shoal_services.console import show
+    from shoal_services.terminal import show_progress
 
     labelled = load_labelled(data)
     labelled.require(folds)
@@ -62,7 +65,7 @@ def probe(
     if as_json:
         print(json.dumps([one.as_dict() for one in probes], indent=2))
         return
-    output.print(probe_table(probes))
+    show(probe_table(probes))
 
 
 def judge(
@@ -95,28 +98,29 @@ def judge(
 
         shoal judge ./my-model --dense ./my-dense --url http://127.0.0.1:8000/v1 --judge large --beginnings begin.txt
     """
+    from shoal_services.console import name_of, say, show
     from shoal_services.judge import Judge, Writing, read_beginnings, run_judge
-    from shoal_services.terminal import console, output, show_progress
+    from shoal_services.terminal import show_progress
 
     writing = Writing(
         model=model, dense=dense, beginnings=read_beginnings(beginnings), num_samples=samples, num_new=num_new,
         temperature=temperature, seed=seed, dtype=dtype,
     )  # fmt: skip
-    file = out or Path(f"{Path(model).name}-stories.json")
+    file = out or Path(f"{name_of(model)}-stories.json")
     with show_progress() as listen:
         grades = run_judge(writing, Judge(url=url, model=judge, key=key), file, listen)
     if as_json:
         print(json.dumps([grade.model_dump() for grade in grades], indent=2))
         return
-    output.print(grade_table(model, judge, grades))
-    console.print(f"stories: {file}")
+    show(grade_table(model, judge, grades))
+    say(f"stories: {file}")
 
 
 def splice(
     model: Model,
     text: TrainText = ["wikipedia-sample"],  # noqa: B006
     evaluation_text: EvaluationText = ["wikipedia-sample"],  # noqa: B006
-    calibration_tokens: Tokens = 32_768,
+    calibration_tokens: Tokens = None,
     evaluation_tokens: EvaluationTokens = 4_096,
     window: Window = 1024,
     dtype: Dtype = None,
@@ -133,7 +137,8 @@ def splice(
     """
     from shoal.splice import find_worth
 
-    from shoal_services.terminal import output, show_progress
+    from shoal_services.console import show
+    from shoal_services.terminal import show_progress
 
     texts = make_texts(
         text, evaluation_text, calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens, window=window
@@ -143,7 +148,7 @@ def splice(
     if as_json:
         print(json.dumps(worth.as_dict(), indent=2))
         return
-    output.print(splice_table(worth))
+    show(splice_table(worth))
 
 
 def probe_table(probes: Sequence[Probe]) -> Table:

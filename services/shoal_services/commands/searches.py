@@ -44,23 +44,24 @@ def search(
 
 
 def _print_outcome(name: str, outcome, as_json: bool) -> None:
+    from shoal_services.console import quote, say, show
     from shoal_services.tables import frontier_table
-    from shoal_services.terminal import console, output, tell_unsent
+    from shoal_services.terminal import tell_runs, tell_unsent
 
     if as_json:
         print((outcome.folder / "frontier.json").read_text())
     else:
-        output.print(frontier_table(name, outcome.frontier))
+        show(frontier_table(name, outcome.frontier))
     for result in outcome.results:
         if result.status != "finished":
-            console.print(f"trial {result.key} {result.status}: {result.reason}")
+            say(f"trial {result.key} {result.status}: {result.reason}")
     tell_unsent(outcome.num_unsent, outcome.tracking_problem)
     folder = outcome.folder
-    console.print(f"frontier: {folder / 'frontier.html'}   linearity: {folder / 'linearity.html'}")
+    say(f"frontier:  {folder / 'frontier.html'}\nlinearity: {folder / 'linearity.html'}")
     if (folder / "curves.html").exists():
-        console.print(f"curves:   {folder / 'curves.html'}")
-    console.print(f"compare:  shoal frontier {_short(folder)} --prompt 'The sea is'")
-    console.print(f"runs:     mlflow ui --backend-store-uri {outcome.tracking_uri}")
+        say(f"curves:    {folder / 'curves.html'}")
+    say(f"compare:   {quote('shoal', 'frontier', _short(folder), '--prompt', 'The sea is')}")
+    tell_runs(outcome.tracking_uri)
 
 
 def frontier(
@@ -82,9 +83,9 @@ def frontier(
     """
     from shoal.frontier import find_best_within, find_frontier
 
+    from shoal_services.console import say, show
     from shoal_services.folder import RunFolder
     from shoal_services.tables import frontier_table
-    from shoal_services.terminal import console, output
 
     run = RunFolder(folder)
     if not (folder / "config.json").is_file():
@@ -95,24 +96,25 @@ def frontier(
     if as_json:
         print(json.dumps([json.loads(point.model_dump_json()) for point in points], indent=2))
         return
-    output.print(frontier_table(folder.name, points))
+    show(frontier_table(folder.resolve().name, points))
     if prompt is not None:
         _compare_continuations(points, prompt, num_new)
-    console.print(f"page: {folder / 'frontier.html'}   models: {folder / 'trials'}/KEY/model")
+    say(f"page:   {folder / 'frontier.html'}\nmodels: {folder / 'trials'}/KEY/model")
 
 
 def _compare_continuations(points, prompt: str, num_new: int) -> None:
+    from rich.text import Text
     from shoal.generate import continue_text
     from shoal.models import load_model, load_tokenizer
 
-    from shoal_services.terminal import output
+    from shoal_services.console import output
 
     base = points[0].recipe.base_model
     tokenizer = load_tokenizer(base, revision=points[0].recipe.revision)
     named = [("dense", base), *((f"{p.recipe.num_replaced} {p.recipe.kind}", p.artefact) for p in reversed(points))]
     for name, place in named:
         text = continue_text(load_model(place), tokenizer, prompt, num_new=num_new)
-        output.print(f"[bold]{name:>12}[/bold]  {prompt}[cyan]{text}[/cyan]", soft_wrap=False)
+        output.print(Text.assemble((f"{name:>12}", "bold"), f"  {prompt}", (text, "cyan")))
 
 
 def _short(path: Path) -> Path:

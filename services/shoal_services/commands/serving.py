@@ -80,8 +80,9 @@ def bench_serve(
 
         shoal bench-serve my-model --url http://vllm:8000/v1 --json
     """
+    from shoal_services.console import show
     from shoal_services.serving.bench import Bench, load_table, run_bench
-    from shoal_services.terminal import output, show_progress
+    from shoal_services.terminal import show_progress
 
     loads = tuple(concurrency), tuple(rate), num_requests
     bench = Bench(url, tuple(models), *loads, num_new, prompt_chars, text, key, ignore_eos)
@@ -90,7 +91,7 @@ def bench_serve(
     if as_json:
         print(json.dumps([row.as_dict() for row in rows], indent=2))
     else:
-        output.print(load_table(url, rows))
+        show(load_table(url, rows))
     if any(row.num_failed for row in rows):
         raise typer.Exit(1)
 

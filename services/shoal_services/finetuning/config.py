@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 from shoal.finetune import Examples, Finetuning
 from shoal.labelled import load_labelled, load_preferences
+from shoal.models import load_tokenizer
 from shoal.recipe import Texts, Value
 
 from shoal_services.config import Workers
@@ -67,5 +68,5 @@ class FinetuneConfig(Value):
         """(training, held out), the same for every seed. Raises ValueError for data that cannot be learned from."""
         share = self.finetuning.held_out_share
         if self.task == "preference":
-            return load_preferences(self.data).split(share)
+            return load_preferences(self.data, load_tokenizer(self.model, revision=self.revision)).split(share)
         return load_labelled(self.data, text_columns=self.text_columns, label_column=self.label_column).split(share)

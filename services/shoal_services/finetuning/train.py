@@ -14,7 +14,7 @@ import torch
 from shoal.corpus import load_corpus
 from shoal.files import write_text
 from shoal.finetune import FinetuningRun
-from shoal.linearity import score_blocks
+from shoal.linearity import require_calibration, score_blocks
 from shoal.models import load_model, load_tokenizer
 from shoal.moments import measure_moments
 from shoal.prepare import Listener, ignore
@@ -42,6 +42,7 @@ def finetune_run(job: dict[str, Any]) -> None:
     model = load_model(config.model, revision=config.revision, dtype=config.dtype, device=device)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     windows = load_corpus(config.texts, tokenizer, model.config).calibration
+    require_calibration(windows, model)
     if is_writer and not folder.before.exists():
         payload = {"text": windows.describe().model_dump(), "blocks": _measure(model, windows)}
         write_text(folder.before, json.dumps(payload))

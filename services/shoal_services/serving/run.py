@@ -6,9 +6,10 @@ import signal
 import time
 from collections.abc import Callable
 
+from shoal_services.console import output, say
 from shoal_services.serving.deploy import Endpoint
 from shoal_services.serving.settings import ServeSettings
-from shoal_services.terminal import console, output, show_progress
+from shoal_services.terminal import show_progress
 
 
 def run_endpoint(read_settings: Callable[[], ServeSettings]) -> None:
@@ -23,13 +24,13 @@ def run_endpoint(read_settings: Callable[[], ServeSettings]) -> None:
             endpoint.start(listen)
         _raise_on_signals()  # Ray has put its own handlers there
         names = [*endpoint.settings.variants, *endpoint.settings.routes]
-        output.print(f"[bold]{endpoint.url}/v1[/bold]  OpenAI's interfaces; models: {', '.join(names)}", soft_wrap=True)
-        output.print(f"[bold]{endpoint.url}/[/bold]    playground")
+        output.print(f"{endpoint.url}/v1  OpenAI's interfaces; models: {', '.join(names)}", soft_wrap=True)
+        output.print(f"{endpoint.url}/    playground", soft_wrap=True)
         while True:
             time.sleep(endpoint.settings.watch_every_s)
             _watch(endpoint, read_settings)
     except KeyboardInterrupt:
-        console.print("stopping: running requests finish first")
+        say("stopping: running requests finish first")
     finally:
         endpoint.stop()
 
@@ -38,10 +39,10 @@ def _watch(endpoint: Endpoint, read_settings: Callable[[], ServeSettings]) -> No
     try:
         settings = read_settings()
     except ValueError as error:
-        console.print(f"the settings stay as they were: {error}")
+        say(f"the settings stay as they were: {error}")
         settings = endpoint.settings
     for line in endpoint.reconcile(settings):
-        console.print(line)
+        say(line)
 
 
 def _raise_on_signals() -> None:
