@@ -25,6 +25,7 @@ from transformers import (
 
 from shoal import modeling_shoal
 from shoal.blocks import is_causal, is_encoder
+from shoal.files import require_path
 from shoal.memory import give_back_freed_memory, keep_freed_memory
 from shoal.on_disk import keep_blocks_on_disk, named_weights, place_blocks
 from shoal.packaged import ALIASES, cache_folder, convert_packaged, gguf_arguments
@@ -252,6 +253,7 @@ def describe_source(name: str, revision: str | None = None) -> str:
 
 def _locate(name: str, revision: str | None) -> tuple[str, dict]:
     """What to give to `from_pretrained`: a folder or Hub id, and keyword arguments."""
+    require_path(name, "model")
     if name in ALIASES:
         return str(convert_packaged(name)), {}
     path = Path(name)

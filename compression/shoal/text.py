@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from shoal.files import require_path
 from shoal.recipe import PACKAGED_TEXT, TEXT_SUFFIXES, Text
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def load_documents(source: str) -> Documents:
 
     Raises ValueError if it is not there, holds no text, or has no column that is clearly the text.
     """
+    require_path(source, "text")
     if source == PACKAGED_TEXT:
         documents = Documents(source, _read_wikipedia_sample())
     elif Path(source).suffix in TEXT_SUFFIXES:
@@ -120,6 +122,7 @@ def open_dataset(source: str) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    require_path(source, "data")
     path = Path(source)
     if path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():

@@ -31,6 +31,8 @@ class FaultNotes(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         error = worker_exceptions[min(worker_exceptions)]
+        if self.folder.has_ended(self.key):
+            raise RuntimeError(f"the trial has ended: {describe_fault(error)}")
         raise_storage_error(str(error), self.folder.root)
         fault, before = describe_fault(error), self.folder.read_faults(self.key)
         self.folder.note_fault(self.key, fault)
