@@ -93,7 +93,8 @@ class Workers(Value):
 
 
 class Run(Workers):
-    """How a search is run. `keep_models` deletes the weights of trials that are off the frontier, or keeps all.
+    """How a search is run. `keep_models` deletes the weights of trials that are off the frontier, unless a registry names
+    them, or keeps all.
 
     `streamed` is for models larger than a worker's memory: blocks stay on disk, and where a trial distils, its workers
     share the weights of student and teacher out among them.

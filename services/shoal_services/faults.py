@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import faulthandler
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,10 +52,14 @@ def describe_fault(error: Exception) -> str:
 
 
 def raise_storage_error(said: str, storage: Path) -> None:
-    """Raises OSError if what an error says, whatever library made it, is that the storage is full or fails."""
+    """Raises OSError if what an error says, whatever library made it, is that a disk is full or fails.
+
+    Its file name is the one that is said, as /tmp may be full and the storage is not, or else the storage.
+    """
     for number in STORAGE_ERRORS:
         if os.strerror(number) in said:
-            raise OSError(number, os.strerror(number), str(storage))
+            named = re.search(rf"{re.escape(os.strerror(number))}: '(/[^']+)'", said)
+            raise OSError(number, os.strerror(number), named[1] if named else str(storage))
 
 
 @contextmanager

@@ -69,11 +69,13 @@ def _renewing(note: Path) -> Iterator[None]:
         note.unlink(missing_ok=True)
 
 
-def _read(note: Path) -> dict:
+def _read(note: Path) -> dict[str, object]:
+    """Who holds the folder, empty if nobody says so."""
     try:
-        return json.loads(note.read_text())
+        held = json.loads(note.read_text())
     except (OSError, json.JSONDecodeError):
         return {}
+    return held if isinstance(held, dict) and held.keys() >= {"pid", "host", "since"} else {}
 
 
 def _age(note: Path) -> float:
@@ -86,7 +88,7 @@ def _age(note: Path) -> float:
         return now - os.fstat(file.fileno()).st_mtime
 
 
-def _explain(root: Path, holder: dict) -> str:
+def _explain(root: Path, holder: dict[str, object]) -> str:
     who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}" if holder else "another process"
     return (
         f"{str(root)!r} is in use by {who}: wait for it, stop it (the same command then goes on from there), "

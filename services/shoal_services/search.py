@@ -76,9 +76,10 @@ def run_search(config: SearchConfig, audience: SearchAudience, *, num_cpus: int 
 def _search(config: SearchConfig, folder: RunFolder, audience: SearchAudience, num_cpus: int | None) -> Outcome:
     audience("start Ray", 0, 1)
     connect(config.run.address, num_cpus=num_cpus)
-    concurrent = clear_cluster(config.run, folder.root, audience.remark)
     folder.claim_search(config)
     config = config.resolved()
+    inputs = (config.model, *config.texts.train, *config.texts.evaluation)
+    concurrent = clear_cluster(config.run, folder.root, audience.remark, inputs)
     audience("start Ray", 1, 1)
     prepare_search(config, folder, concurrent, audience)
     scores = read_scores(folder.scores)
