@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -47,12 +48,15 @@ def test_a_folder_in_use_is_refused_with_its_holder_until_that_process_is_gone(t
     assert not (tmp_path / "lock.json").exists()
 
 
-def test_another_hosts_note_is_believed_while_it_is_renewed(tmp_path):
+def test_another_host_is_there_if_it_renews_its_note(tmp_path):
     """Mounted buckets do not tell one host of another's lock."""
-    leave_note(tmp_path, "elsewhere", age_s=0)
+    leave_note(tmp_path, "elsewhere", age_s=5)
+    renewal = threading.Timer(1, (tmp_path / "lock.json").touch)
+    renewal.start()
     with pytest.raises(ValueError, match="is in use by process 7 on elsewhere, since yesterday"), hold(tmp_path):
         pass
-    leave_note(tmp_path, "elsewhere", age_s=STALE_AFTER_S + 1)
+    renewal.join()
+    leave_note(tmp_path, "elsewhere", age_s=STALE_AFTER_S - 1)
     with hold(tmp_path):
         pass
 

@@ -145,12 +145,6 @@ class Tasks(Value):
     names: tuple[str, ...] = Field(min_length=1)
     limit: int | None = Field(default=None, ge=2, description="examples of each task at most")
 
-    @field_validator("names")
-    @classmethod
-    def _absolute(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Workers may stand in another folder."""
-        return tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in names)
-
 
 class SearchConfig(Value):
     """One search: a file of `tune_configs/`."""
@@ -233,7 +227,8 @@ class SearchConfig(Value):
 
     def resolved(self) -> Self:
         """The same with paths that hold for every worker."""
-        return resolve(self.model_copy(update={"texts": resolve(self.texts, "train", "evaluation")}), "model")
+        parts = {"texts": resolve(self.texts, "train", "evaluation"), "tasks": self.tasks and resolve(self.tasks, "names")}
+        return resolve(self.model_copy(update=parts), "model")
 
     @property
     def folder(self) -> Path:

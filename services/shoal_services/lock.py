@@ -1,7 +1,7 @@
 """One search at a time in a folder: a lock that ends with its process, and a note of who holds it.
 
 The lock is the system's (`flock`), which NFS passes on to other hosts and mounted buckets do not. So the holder also
-renews its note every few seconds, and another host's note is believed until it has not been renewed for a minute.
+renews its note every few seconds; another host waits for that, and after a minute without it the folder is free.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import socket
 import threading
@@ -36,18 +37,37 @@ def hold(root: Path) -> Iterator[None]:
 
 def _take(file: IO[str], note: Path) -> None:
     """Locks the file and leaves a note. The lock goes when the file is closed, however its process ends."""
-    held, is_locked = _read(note), True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(_explain(note.parent, held)) from error
-    except OSError:  # a file system without locks: the note alone has to do
-        is_locked = False
-    host = socket.gethostname()
-    was_killed = is_locked and held.get("host") == host  # on this host, a lock tells the truth
-    if held and not was_killed and _age(note) < STALE_AFTER_S:
+    host, held = socket.gethostname(), _read(note)
+    is_locked = _lock(file)
+    if held and not (is_locked and held["host"] == host):  # on this host, a lock tells the truth
+        if (held["host"] == host and is_locked is False) or _is_renewed(note):
+            raise ValueError(_explain(note.parent, held))
+        is_locked = _lock(file)  # a server of NFS takes a while to let go of a host that is gone
+    if is_locked is False:
         raise ValueError(_explain(note.parent, held))
     write_text(note, json.dumps({"pid": os.getpid(), "host": host, "since": time.strftime("%F %T %Z")}))
+
+
+def _lock(file: IO[str]) -> bool | None:
+    """Whether the file is locked now; None if its file system has no locks, so that the note alone has to do."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_renewed(note: Path) -> bool:
+    """Waits until the note is renewed, or too old to be believed."""
+    age = _age(note)
+    while age < STALE_AFTER_S:
+        time.sleep(0.5)
+        before, age = age, _age(note)
+        if age < before:
+            return True
+    return False
 
 
 @contextmanager
@@ -79,18 +99,21 @@ def _read(note: Path) -> dict[str, object]:
 
 
 def _age(note: Path) -> float:
-    """Seconds since the note was renewed, by the clock of the storage: hosts' clocks differ."""
+    """Seconds since the note was renewed, by the clock of the storage: hosts' clocks differ. Infinite if it is gone."""
     probe = note.with_name(f".lock-{os.getpid()}")
     probe.touch()
     now = probe.stat().st_mtime
     probe.unlink(missing_ok=True)
-    with note.open() as file:  # opened, because a network's file system looks again then
-        return now - os.fstat(file.fileno()).st_mtime
+    try:
+        with note.open() as file:  # opened, because a network's file system looks again then
+            return now - os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return math.inf
 
 
 def _explain(root: Path, holder: dict[str, object]) -> str:
     who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}" if holder else "another process"
     return (
-        f"{str(root)!r} is in use by {who}: wait for it, stop it (the same command then goes on from there), "
-        f"or choose another name; of a process that is gone nothing is left after {STALE_AFTER_S:.0f} s"
+        f"{str(root)!r} is in use by {who}: wait for it, stop it (the same command then goes on from there), or choose "
+        "another name"
     )

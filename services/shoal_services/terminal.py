@@ -143,9 +143,9 @@ def follow_trials(trials: Path) -> Iterator[ProgressDisplay]:
     try:
         with interruptible(), show_progress() as display, watch_trials(display, trials):
             yield display
-    except Interrupted as interrupted:
+    except KeyboardInterrupt as interrupt:
         console.print("stopped; the same command goes on from here")
-        raise typer.Exit(interrupted.exit_code) from interrupted
+        raise typer.Exit(interrupt.exit_code if isinstance(interrupt, Interrupted) else 130) from interrupt
 
 
 def tell_unsent(num_unsent: int, problem: str | None) -> None:
