@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faults
 import psutil
 import pytest
 import ray.train
@@ -154,6 +156,21 @@ def test_a_signal_while_the_dense_model_is_measured_ends_it_in_one_line(make_sea
         assert "Stack" not in search.errors() and "Traceback" not in search.errors()
     finally:
         end_tree(process, family)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_tmpdir_fails_no_trial(make_search, tmp_path):
+    """Checkpoints are written beside the trial; Ray itself has a folder of its own."""
+    search = make_search(search={"num_trials": 1}, run={"checkpoint_every_s": 0})
+    with faults.small_disk(tmp_path / "full") as resize:
+        search.environment |= {"TMPDIR": str(tmp_path / "full"), "RAY_TMPDIR": os.environ.get("RAY_TMPDIR", "/tmp")}
+        process = search.start()
+        wait_until(lambda: list(search.folder.root.glob("trials/*/assignment.json")), process, search)
+        resize(0)
+        process.communicate(timeout=300)
+    assert process.returncode == 0, search.errors()
+    assert [(r.status, r.faults) for r in search.folder.read_results()] == [("finished", ())], search.errors()
 
 
 def lose_a_rank(job: dict[str, Any]) -> None:
