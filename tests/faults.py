@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -208,7 +209,7 @@ def terminate() -> list[Row]:
             end_tree(process, family)
         run = search.runs()[0].info.status
         stopped = f"exit code {process.returncode}, run {run}, {left} processes left"
-        clean = process.returncode == 130 and run == "KILLED" and not left
+        clean = process.returncode == 128 + signal.SIGTERM and run == "KILLED" and not left
         lost, said, same = go_on(search, at)
     return [
         Row("SIGTERM to the driver", stopped, "a clean stop", clean),

@@ -34,6 +34,7 @@ class Search:
     storage: Path
     environment: dict[str, str] = field(default_factory=lambda: {**os.environ, "COLUMNS": "160"})
     tracking_uri: str | None = None
+    cwd: Path | None = None
 
     @property
     def folder(self) -> RunFolder:
@@ -43,7 +44,7 @@ class Search:
         command = [str(SHOAL), "search", str(self.config), "--storage", str(self.storage), "--num-cpus", "2", *options]
         command += ["--tracking-uri", self.tracking_uri] if self.tracking_uri else []
         return subprocess.Popen(
-            command, env=self.environment, text=True, start_new_session=True,
+            command, env=self.environment, cwd=self.cwd, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=(self.storage / "stderr.txt").open("w"),
         )  # fmt: skip
 

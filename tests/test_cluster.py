@@ -18,7 +18,7 @@ def test_connecting_twice_is_connecting_once(ray_cluster):
     assert ray.cluster_resources()["CPU"] == 2
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no-such-host.invalid:6379"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:6379"])
 def test_a_cluster_that_does_not_answer_is_told_at_once(address):
     """In a process of its own: this one is connected."""
     code = f"from shoal_services.cluster import connect; connect({address!r})"

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Recipe
+from shoal.text import load_documents, open_dataset
 from shoal_services.config import SearchConfig, load_config
+from shoal_services.preflight import check_writable
 from shoal_services.space import Choice, Range, parse_kind, read_assignment
 
 FILES = sorted((Path(__file__).parents[1] / "tune_configs").glob("*.yaml"))
@@ -304,3 +307,59 @@ def test_an_assignment_is_read_from_both_forms_that_tune_gives():
     wanted = {"num_replaced": 2, "kind": "linear"}
     assert read_assignment({"assignment": wanted}) == wanted
     assert read_assignment({"assignment/num_replaced": 2, "assignment/kind": "linear", "other": 1}) == wanted
+
+
+@pytest.mark.parametrize("storage", ["s3://bucket/runs", "gs://bucket", "hdfs://name/x", "file:///mnt/runs"])
+def test_storage_is_a_folder_and_no_uri(tmp_path, storage):
+    """Path takes `s3://bucket` for a folder `bucket` in `s3:`."""
+    said = rf"storage '{storage.replace(':///', '://')}' is a URI, and Shoal reads and writes files; mount it"
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path, make_data(run={"storage": storage}))
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path, make_data()).run_with(storage=Path(storage))
+    with pytest.raises(ValueError, match=said):
+        check_writable(Path(storage))
+    for read, what in (
+        (load_model, "model"),
+        (load_tokenizer, "model"),
+        (load_documents, "text"),
+        (open_dataset, "data"),
+    ):
+        with pytest.raises(ValueError, match=f"{what} '{storage.replace(':///', '://')}.* is a URI"):
+            read(f"{storage}/it")
+
+
+@pytest.mark.parametrize(
+    ("address", "instead"),
+    [
+        ("ray://head:10001", "http://head:8265"), ("ray://10.0.0.7:10001", "http://10.0.0.7:8265"),
+        ("http://head:8266", "http://head:8266"),
+    ],
+)  # fmt: skip
+def test_addresses_of_clients_are_refused_with_what_takes_them(tmp_path, address, instead):
+    """With Ray's client the driver of the trials runs elsewhere, without the search's callbacks."""
+    said = rf"'{address}' is an address for clients .*`shoal submit FILE --address {instead}`, or .*`--address auto`"
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path, make_data(run={"address": address}))
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path, make_data()).run_with(address=address)
+    for inside in ("auto", "local", "head:6379", None):
+        assert load(tmp_path, make_data(run={"address": inside})).run.address == inside
+
+
+def test_files_and_folders_are_named_so_that_every_worker_finds_them(tmp_path, monkeypatch):
+    """Names that are no files stay, also packaged ones beside which a folder of that name lies."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("mine", "tiny-random"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a.txt").touch()
+    texts = {"train": ["a.txt", "org/data:x"], "evaluation": "wikipedia-sample"}
+    config = load(tmp_path, make_data(model="mine", texts=texts, tasks={"names": ["arc_easy", "mine"]}))
+    resolved = config.resolved()
+    assert resolved.model == str(tmp_path / "mine")
+    assert resolved.texts.train == (str(tmp_path / "a.txt"), "org/data:x")
+    assert resolved.texts.evaluation == ("wikipedia-sample",)
+    assert resolved.tasks.names == ("arc_easy", str(tmp_path / "mine"))
+    for name in ("tiny-random", "org/model", "gpt2"):
+        assert load(tmp_path, make_data(model=name)).resolved().model == name
+    assert resolved.resolved() == resolved

@@ -64,6 +64,9 @@ def test_full_storage_ends_training_at_once(folder):
             FaultNotes(folder, "one").after_exception(None, {0: RuntimeError(said)})
         assert raised.value.errno in (errno.ENOSPC, errno.EDQUOT) and raised.value.filename == str(folder.root)
     assert folder.read_faults("one") == ()
+    with pytest.raises(OSError) as raised:
+        raise_storage_error("OSError: [Errno 28] No space left on device: '/tmp/shoal-blocks-1/x'", folder.root)
+    assert raised.value.filename == "/tmp/shoal-blocks-1/x"
     raise_storage_error("the actor is dead", folder.root)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from conftest import make_point
 from shoal_services.config import SearchConfig
 from shoal_services.folder import ProgressFile, RunFolder, TrialResult, read_progress
+from shoal_services.search import write_frontier
+from shoal_services.serving.sources import read_sources
 
 
 def make_config(storage: Path, **changes) -> SearchConfig:
@@ -36,8 +39,20 @@ def finish(folder: RunFolder, key: str, num_parameters: int, perplexity: float) 
     (artefact / "model.safetensors").write_bytes(b"weights")
     point = make_point(num_parameters, perplexity, artefact=artefact)
     result = TrialResult(key=key, assignment={"num_replaced": 2}, status="finished", point=point, held_out_perplexity=12.5)
-    folder.write_result(result)
-    return result
+    assert folder.write_result(result)
+    return ended(folder, result)
+
+
+def ended(folder: RunFolder, result: TrialResult) -> TrialResult:
+    """The result with the time at which it was written."""
+    held = folder.read_result(result.key)
+    assert held is not None and held == result.model_copy(update={"ended_at": held.ended_at})
+    return held
+
+
+def weights(folder: RunFolder) -> set[str]:
+    """Keys of the trials whose weights are there."""
+    return {path.parent.parent.name for path in folder.root.glob("trials/*/model/model.safetensors")}
 
 
 @pytest.mark.parametrize(
@@ -87,6 +102,7 @@ def test_results_survive_their_file(folder):
     ]
     for result in others:
         folder.write_result(result)
+    others = [ended(folder, result) for result in others]
     assert folder.read_results() == [others[0], finished, *others[1:]]
     assert folder.read_result("bbb") == finished
     assert folder.find_points() == [finished.point]
@@ -117,10 +133,71 @@ def test_weights_off_the_frontier_are_deleted_and_their_numbers_stay(folder):
     ]
     folder.write_result(TrialResult(key="e", assignment={}, status="collapsed", reason="perplexity 1e9"))
     folder.drop_dominated_models()
-    assert {key for key in "abcd" if (folder.trial(key) / "model" / "model.safetensors").exists()} == {"a", "c"}
+    assert weights(folder) == {"a", "c"}
     assert folder.read_results()[:4] == results
     folder.drop_dominated_models()  # what is gone is gone
-    assert (folder.trial("a") / "model").exists()
+    assert weights(folder) == {"a", "c"}
+
+
+def test_of_equal_points_the_first_in_time_stays(folder):
+    for key in "cab":
+        finish(folder, key, 100, 20.0)
+    folder.drop_dominated_models()
+    assert weights(folder) == {"c"}
+
+
+def test_weights_that_a_registry_names_are_kept(folder):
+    finish(folder, "a", 100, 20.0)
+    folder.mark_registered("a", "shoal-tiny")
+    finish(folder, "b", 90, 10.0)
+    folder.drop_dominated_models()
+    assert weights(folder) == {"a", "b"}
+
+
+def test_a_copy_has_models_of_its_own_and_deletes_those_alone(folder, tmp_path):
+    for key, perplexity in (("a", 20.0), ("b", 10.0)):
+        finish(folder, key, 100, perplexity)
+    (tmp_path / "elsewhere").mkdir()
+    copy = RunFolder(tmp_path / "elsewhere" / "copy")
+    shutil.copytree(folder.root, copy.root)
+    config = make_config(tmp_path / "elsewhere", name="copy")
+    assert write_frontier(config, copy) == [copy.read_result("b").point]
+    assert (weights(copy), weights(folder)) == ({"b"}, {"a", "b"})
+    assert copy.read_result("b").point.artefact == str(copy.model("b"))
+    for file in copy.root.rglob("*.json"):
+        assert str(tmp_path) not in file.read_text(), file
+    shutil.rmtree(folder.root)
+    (served,) = [v for name, v in read_sources([str(copy.root)]).variants.items() if name != "dense"]
+    assert served.model == str(copy.model("b"))
+
+
+def test_weights_behind_a_link_that_leads_out_are_left_alone(folder, tmp_path):
+    for key, perplexity in (("a", 20.0), ("b", 10.0)):
+        finish(folder, key, 100, perplexity)
+    (folder.root / "trials").rename(tmp_path / "others")
+    (folder.root / "trials").symlink_to(tmp_path / "others")
+    folder.drop_dominated_models()
+    assert weights(folder) == {"a", "b"}
+
+
+def test_the_first_result_stays(folder):
+    stopped = TrialResult(key="a", assignment={}, status="stopped", reason="hopeless")
+    assert folder.write_result(stopped)
+    first = ended(folder, stopped)
+    assert not folder.write_result(stopped.model_copy(update={"status": "finished"}))
+    assert folder.read_result("a") == first
+    assert [path.name for path in folder.trial("a").iterdir()] == ["result.json"]
+
+
+def test_failed_trials_are_begun_again_and_others_are_not(folder):
+    for key, status in (("a", "failed"), ("b", "collapsed"), ("c", "stopped")):
+        folder.write_started(key, {"num_replaced": 2})
+        folder.note_fault(key, "out of memory: of the machine before")
+        folder.write_result(TrialResult(key=key, assignment={"num_replaced": 2}, status=status, reason="so"))
+    assert folder.reopen_failed() == ["a"]
+    assert list(folder.read_started()) == ["a"] and folder.read_faults("a") == ()
+    assert [result.key for result in folder.read_results()] == ["b", "c"]
+    assert folder.reopen_failed() == []
 
 
 def test_progress_is_read_where_it_was_written(tmp_path):

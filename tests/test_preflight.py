@@ -254,10 +254,10 @@ def test_a_node_that_differs_is_named(changes, said):
 
 def test_a_node_reports_what_it_sees_and_writes(tmp_path):
     (tmp_path / "marker").write_text("")
-    report = look_from_node("here", str(tmp_path / "marker"))
+    report = look_from_node("here", str(tmp_path / "marker"), ("/bin", "/no/such/model"))
     assert report.sees_marker and report.complaint is None and Path(report.own_marker).parent == tmp_path
     assert Path(report.own_marker).exists()
-    assert not look_from_node("here", str(tmp_path / "other")).sees_marker
+    assert not look_from_node("here", str(tmp_path / "other"), ()).sees_marker
 
 
 def test_nodes_are_asked_and_leave_nothing(ray_cluster, tmp_path):
@@ -267,7 +267,7 @@ def test_nodes_are_asked_and_leave_nothing(ray_cluster, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that not even root can write to, such as /proc")
 def test_a_node_that_cannot_write_says_so():
-    report = look_from_node("here", "/proc/self/status")
+    report = look_from_node("here", "/proc/self/status", ())
     assert report.sees_marker and "cannot be written" in report.complaint
 
 

@@ -49,7 +49,8 @@ def test_the_frontier_is_that_of_the_results(finished):
     frontier = [Point.model_validate(point) for point in printed["frontier"]]
     assert frontier == find_frontier(points)
     assert printed["picks"] == {name: point.artefact for name, point in name_picks(frontier).items()}
-    assert printed == json.loads((search.folder.root / "frontier.json").read_text())
+    inside = json.dumps(printed).replace(f"{search.folder.root}/", "")
+    assert json.loads(inside) == json.loads((search.folder.root / "frontier.json").read_text())
 
 
 def test_weights_are_kept_on_the_frontier_alone(finished):
@@ -232,7 +233,7 @@ def test_models_that_collapse_are_told_and_are_not_on_the_frontier(make_search, 
     }  # fmt: skip
     assert "over the ceiling" in results["over"].reason and "1.1 × dense" in results["over"].reason
     frontier = json.loads((search.folder.root / "frontier.json").read_text())["frontier"]
-    assert [Point.model_validate(point) for point in frontier] == [results["works"].point]
+    assert [point["artefact"] for point in frontier] == [f"trials/{results['works'].key}/model"]
     parent, children = search.runs()
     assert parent.info.status == "FINISHED"
     assert children[results["works"].key].info.status == "FINISHED"
@@ -264,9 +265,8 @@ def test_equal_recipes_are_made_once(make_search):
         search={"num_trials": 4, "start_with": []},
     )
     search.run()
-    results = search.folder.read_results()
-    assert 1 <= len(results) <= 2
-    assert_whole(search, len(results))
+    assert_whole(search, 2)
+    assert "the search ends after 2 of 4 trials: no other recipe was found" in " ".join(search.errors().split())
 
 
 @pytest.mark.slow

@@ -127,8 +127,9 @@ def test_a_search_with_a_wrong_password_finishes_and_is_sent_later(services, pas
     assert picks
     for alias, artefact in picks.items():
         version = client.get_model_version_by_alias("shoal-tiny-random", alias)
-        assert version.tags[PLACE_TAG] == artefact == find_registered(f"models:/shoal-tiny-random@{alias}", uri)
-        assert version.tags["sha256"] == hash_folder(Path(artefact))
+        place = search.folder.root / artefact
+        assert version.tags[PLACE_TAG] == str(place) == find_registered(f"models:/shoal-tiny-random@{alias}", uri)
+        assert version.tags["sha256"] == hash_folder(place)
 
 
 def test_what_was_tracked_outlives_the_servers(services, password):

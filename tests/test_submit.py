@@ -19,7 +19,7 @@ import ray
 import yaml
 from ray.job_submission import JobSubmissionClient
 from shoal_services.cli import main
-from shoal_services.config import SearchConfig, load_config
+from shoal_services.config import SearchConfig, Tasks, load_config
 from shoal_services.jobs import FOLDER_TAG, NAME_TAG, connect_jobs, follow_log
 from shoal_services.submit import MAX_TEXT_BYTES, require_portable
 
@@ -90,6 +90,8 @@ def test_texts_and_models_that_do_not_travel(smoke, tmp_path, monkeypatch):
             require_portable(with_texts(smoke, text))
     with pytest.raises(ValueError, match=r"model 'mine' is a folder or file of this machine"):
         require_portable(smoke.model_copy(update={"model": "mine"}))
+    with pytest.raises(ValueError, match=r"task 'mine' is a folder or file of this machine"):
+        require_portable(smoke.model_copy(update={"tasks": Tasks(names=("arc_easy", "mine"))}))
 
 
 def test_a_file_is_checked_before_anybody_is_asked(shoal, root, tmp_path):

@@ -32,6 +32,7 @@ from shoal.checkpoint import (
     refuse_packed,
     refuse_unplaced,
 )
+from shoal.files import require_path
 from shoal.memory import give_back_freed_memory, keep_freed_memory
 from shoal.on_disk import keep_blocks_on_disk, named_weights, place_blocks
 from shoal.packaged import ALIASES, cache_folder, convert_packaged, gguf_arguments
@@ -281,6 +282,7 @@ def describe_source(name: str, revision: str | None = None) -> str:
 
 def _locate(name: str, revision: str | None) -> tuple[str, dict]:
     """What to give to `from_pretrained`: a folder or Hub id, and keyword arguments."""
+    require_path(name, "model")
     if name in ALIASES:
         return str(convert_packaged(name)), {}
     path = Path(name)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
+from shoal.files import require_path
 from shoal.recipe import PACKAGED_TEXT, PACKED, TEXT_FORMATS, text_format
 
 Row = dict[str, Any]
@@ -40,6 +41,7 @@ def read_rows(source: str) -> Iterator[Row]:
     Labels of a known set of classes are given by name. Raises ValueError for a source that is not there or cannot be read,
     in part only as its rows are taken.
     """
+    require_path(source, "data")
     kind = text_format(source)
     if kind == ".txt":
         raise ValueError(f"{source!r} is plain text, and rows are needed: give .jsonl, .parquet or a Hub dataset")

@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from shoal.files import require_path
 from shoal.recipe import PACKAGED_TEXT, text_format
 from shoal.rows import Row, read_rows, read_text
 
@@ -47,6 +48,7 @@ def load_documents(source: str, tokenizer: PreTrainedTokenizerBase | None = None
 
     Raises ValueError if it is not there, holds no text, or has no column that is clearly the text.
     """
+    require_path(source, "text")
     if source == PACKAGED_TEXT:
         documents = Documents(source, _read_wikipedia_sample())
     elif text_format(source) == ".txt":

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal import modeling_shoal
 from shoal.blocks import find_blocks, is_causal
 from shoal.card import write_card
-from shoal.files import write_aside, write_text
+from shoal.files import require_path, write_aside, write_text
 from shoal.on_disk import is_on_disk
 from shoal.read_back import check_saved
 from shoal.recipe import Point, Recipe
@@ -32,9 +32,10 @@ from shoal.replace import holds_own_modules
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, recipe: Recipe) -> None:
     """Writes the model's folder, aside and renamed last: a reader never sees half a model.
 
-    Raises FileExistsError if the folder is there already, OSError if it cannot be written, ValueError if what was written
-    does not load as `model` (nothing is left behind).
+    Raises FileExistsError if the folder is there already, OSError if it cannot be written, ValueError for a URI, or if
+    what was written does not load as `model` (nothing is left behind).
     """
+    require_path(folder, "folder")
     if folder.exists():
         raise FileExistsError(f"{str(folder)!r} exists already; delete it or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -84,19 +85,24 @@ def _auto_class(model: PreTrainedModel) -> str:
 
 
 def save_point(folder: Path, point: Point) -> Point:
-    """Puts the numbers and the model card beside the weights; returns the point with folder and hash filled in."""
-    point = point.model_copy(update={"artefact": str(folder), "artefact_sha256": hash_folder(folder)})
-    write_text(folder / "README.md", write_card(point))
+    """Puts the numbers and the model card beside the weights; returns the point with folder and hash filled in.
+
+    In the file the folder is ".": it can be moved.
+    """
+    point = point.model_copy(update={"artefact": ".", "artefact_sha256": hash_folder(folder)})
     write_text(folder / "point.json", point.model_dump_json(indent=2))
+    point = point.model_copy(update={"artefact": str(folder)})
+    write_text(folder / "README.md", write_card(point))
     return point
 
 
 def load_point(folder: Path) -> Point:
     """The numbers of a compressed model's folder. Raises ValueError if they are missing or damaged."""
     try:
-        return Point.model_validate_json((folder / "point.json").read_text())
+        point = Point.model_validate_json((folder / "point.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} is not a whole compressed model folder: point.json: {error}") from error
+    return point.model_copy(update={"artefact": str(folder)})
 
 
 def hash_folder(folder: Path) -> str:

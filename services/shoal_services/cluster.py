@@ -1,10 +1,14 @@
-"""Connecting to Ray: the cluster at an address, or a local one."""
+"""Connecting to Ray: the cluster that this machine is part of, or a local one."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import ray
@@ -31,6 +35,11 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     require_listener(address, LEAVE_IT_OUT)
+    with _keep_signals():
+        _init(address, num_cpus)
+
+
+def _init(address: str | None, num_cpus: int | None) -> None:
     environment = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
     try:
         if address:
@@ -45,6 +54,17 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise ConnectionError(f"no Ray cluster at {address!r}: {first}; {LEAVE_IT_OUT}") from error
+
+
+@contextmanager
+def _keep_signals() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, and a run that is measuring would end in the stacks of its C++ threads."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def require_listener(address: str | None, advice: str) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
+from shoal.files import require_path
 from shoal.recipe import Distillation, LossWeights, Recipe, Texts, Value
 
 from shoal_services.complaints import read_strict, suggest
 from shoal_services.space import Choice, Range, Space, list_ends, parse_kind
+
+V = TypeVar("V", bound=Value)
 
 
 class Search(Value):
@@ -36,7 +40,7 @@ class Workers(Value):
     `num_workers: [1, 8]` takes as many as there is room for when a trial's workers start, and as nodes come and go.
 
     `max_concurrent_trials` is what the cluster's CPUs and GPUs hold, if not given. `storage` must be shared if the
-    cluster has several nodes.
+    cluster has several nodes; if relative, it lies in the folder where the command is given, as models and texts do.
     """
 
     num_workers: int = Field(default=1, ge=1, description="Ray Train workers per trial")
@@ -48,6 +52,17 @@ class Workers(Value):
     storage: Path = Path("shoal-runs")
     tracking_uri: str | None = None
     address: str | None = None
+
+    @field_validator("storage")
+    @classmethod
+    def _a_folder(cls, storage: Path) -> Path:
+        require_path(storage, "storage")
+        return storage
+
+    @field_validator("address")
+    @classmethod
+    def _inside(cls, address: str | None) -> str | None:
+        return require_inside(address) if address else None
 
     @model_validator(mode="before")
     @classmethod
@@ -71,12 +86,15 @@ class Workers(Value):
         return self.max_workers or self.num_workers
 
     def given(self, **options: Any) -> Self:
-        """These, but with the options that are not None."""
-        return self.model_copy(update={name: value for name, value in options.items() if value is not None})
+        """These, but with the options that are not None. Raises ValueError as the file's values would."""
+        return self.model_validate(
+            self.model_dump() | {name: value for name, value in options.items() if value is not None}
+        )
 
 
 class Run(Workers):
-    """How a search is run. `keep_models` deletes the weights of trials that are off the frontier, or keeps all.
+    """How a search is run. `keep_models` deletes the weights of trials that are off the frontier, unless a registry names
+    them, or keeps all.
 
     `streamed` is for models larger than a worker's memory: blocks stay on disk, and where a trial distils, its workers
     share the weights of student and teacher out among them.
@@ -88,17 +106,44 @@ class Run(Workers):
     checkpoint_every_s: float = Field(default=60, ge=0, description="at the next check after that")
 
 
+def require_inside(address: str) -> str:
+    """The address. Raises ValueError for that of a Ray client or a dashboard: trials are driven from within the cluster."""
+    url = urlsplit(address)
+    if "://" in address:
+        port = url.port if url.scheme.startswith("http") and url.port else 8265
+        raise ValueError(
+            f"{address!r} is an address for clients outside the cluster, and from there Ray cannot drive trials; "
+            f"send the search with `shoal submit FILE --address http://{url.hostname or 'HEAD'}:{port}`, or run this on a "
+            "machine of the cluster with `--address auto`"
+        )
+    return address
+
+
+def resolve(value: V, *fields: str) -> V:
+    """The same value, but files and folders that these fields name by their absolute paths: workers stand elsewhere."""
+    places = {name: getattr(value, name) for name in fields}
+    return value.model_copy(
+        update={
+            name: tuple(map(_make_absolute, place)) if isinstance(place, tuple) else _make_absolute(place)
+            for name, place in places.items()
+            if place is not None
+        }
+    )
+
+
+def _make_absolute(place: str) -> str:
+    """The path of a file or folder that is there; other names, as those of the Hub, as they are."""
+    from shoal.packaged import ALIASES
+
+    path = Path(place).expanduser()
+    return str(path.resolve()) if place not in ALIASES and path.exists() else place
+
+
 class Tasks(Value):
     """lm-eval tasks, task files or folders of them, that every finished model is measured in."""
 
     names: tuple[str, ...] = Field(min_length=1)
     limit: int | None = Field(default=None, ge=2, description="examples of each task at most")
-
-    @field_validator("names")
-    @classmethod
-    def _absolute(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Workers may stand in another folder."""
-        return tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in names)
 
 
 class SearchConfig(Value):
@@ -180,6 +225,11 @@ class SearchConfig(Value):
         """The same search, run otherwise: fields of `run` that are not None replace the file's."""
         return self.model_copy(update={"run": self.run.given(**given)})
 
+    def resolved(self) -> Self:
+        """The same with paths that hold for every worker."""
+        parts = {"texts": resolve(self.texts, "train", "evaluation"), "tasks": self.tasks and resolve(self.tasks, "names")}
+        return resolve(self.model_copy(update=parts), "model")
+
     @property
     def folder(self) -> Path:
         """Where the search keeps everything."""
@@ -187,7 +237,9 @@ class SearchConfig(Value):
 
     @property
     def num_trials(self) -> int:
-        return len(self.starting_assignments()) if self.search.algorithm == "grid" else self.search.num_trials
+        if self.search.algorithm == "optuna":
+            return self.search.num_trials
+        return len({self.trial_key(assignment) for assignment in self.starting_assignments()})
 
     def starting_assignments(self) -> list[dict[str, Any]]:
         """The first assignments: of axes alone under `optuna`, whole ones under `grid`."""

@@ -68,10 +68,14 @@ def _find_packaged_model() -> str:
 
 
 def _check_storage(storage: Path) -> str:
+    from shoal.files import require_path
+
     from shoal_services.preflight import check_writable
 
-    check_writable(storage.expanduser().resolve())
-    existing = next(path for path in (storage.resolve(), *storage.resolve().parents) if path.exists())
+    require_path(storage, "storage")
+    folder = storage.expanduser().resolve()
+    check_writable(folder)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     return f"{storage}: writable, {shutil.disk_usage(existing).free / 2**30:.0f} GiB free"
 
 
@@ -79,8 +83,9 @@ def _check_ray(address: str | None) -> str:
     import ray
 
     from shoal_services.cluster import connect
+    from shoal_services.config import require_inside
 
-    connect(address)
+    connect(address and require_inside(address))
     try:
         total, nodes = ray.cluster_resources(), [node for node in ray.nodes() if node["Alive"]]
         return f"{len(nodes)} nodes, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"

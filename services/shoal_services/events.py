@@ -72,6 +72,10 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
         """Tells MLflow what is in a result."""
         raise NotImplementedError
 
+    def end(self, error: BaseException) -> None:
+        """Remembers what ends the search, to be raised where Tune lets it through."""
+        self.ending = error
+
     def raise_if_ending(self) -> None:
         """Raises KeyboardInterrupt if the search was asked to stop, OSError if its storage failed."""
         if self.ending is not None:
@@ -112,7 +116,7 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
                 raise_storage_error(Path(trial.error_file).read_text(), self.folder.root)
             self._end(trial)
         except OSError as error:  # no trial's fault: it runs again when there is room
-            self.ending = error
+            self.end(error)
 
     def _end(self, trial: Any) -> None:
         key, assignment = self._identify(trial)

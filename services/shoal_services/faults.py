@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import faulthandler
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ class FaultNotes(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         error = worker_exceptions[min(worker_exceptions)]
+        if self.folder.has_ended(self.key):
+            raise RuntimeError(f"the trial has ended: {describe_fault(error)}")
         raise_storage_error(str(error), self.folder.root)
         fault, before = describe_fault(error), self.folder.read_faults(self.key)
         self.folder.note_fault(self.key, fault)
@@ -49,10 +52,14 @@ def describe_fault(error: Exception) -> str:
 
 
 def raise_storage_error(said: str, storage: Path) -> None:
-    """Raises OSError if what an error says, whatever library made it, is that the storage is full or fails."""
+    """Raises OSError if what an error says, whatever library made it, is that a disk is full or fails.
+
+    Its file name is the one that is said, as /tmp may be full and the storage is not, or else the storage.
+    """
     for number in STORAGE_ERRORS:
         if os.strerror(number) in said:
-            raise OSError(number, os.strerror(number), str(storage))
+            named = re.search(rf"{re.escape(os.strerror(number))}: '(/[^']+)'", said)
+            raise OSError(number, os.strerror(number), named[1] if named else str(storage))
 
 
 @contextmanager

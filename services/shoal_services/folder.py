@@ -3,10 +3,13 @@
 config.json                 what is searched; a second search of this name must agree
 prepared/                   token windows, moments, the dense model's targets: shared by all trials
 fits/<key>.safetensors      fitted replacements, shared by trials that differ in distillation alone
-trials/<key>/               result.json, model/ (while on the frontier), train/ (checkpoints, while running)
+trials/<key>/               result.json, model/ (while on the frontier, or `registered`), train/ (while running)
 mlflow.db  mlartifacts/     tracking, unless a server is named
 frontier.json  frontier.html  linearity.json  linearity.html
 curves.html                 of a grid: quality over the number of changed blocks
+lock  lock.json             who works in it (see `shoal_services.lock`)
+
+Paths in these files are relative to the folder: it can be moved, and a copy of it has models of its own.
 """
 
 from __future__ import annotations
@@ -16,10 +19,10 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 from pydantic import ValidationError
-from shoal.files import write_text
+from shoal.files import write_once, write_text
 from shoal.frontier import find_frontier
 from shoal.recipe import Point, Value
 
@@ -30,13 +33,21 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class TrialEnd(Value):
-    """How a trial ended. `reason` is there if it did not finish; `faults` are what ended its workers before."""
+    """How a trial ended. `reason` is there if it did not finish; `faults` are what ended its workers before.
+
+    `ended_at` is in seconds since 1970, filled in when it is written.
+    """
 
     key: str
     assignment: dict[str, Any]
     status: Status
     reason: str | None = None
     faults: tuple[str, ...] = ()
+    ended_at: float | None = None
+
+    def with_model(self, place: str) -> Self:
+        """The same with the folder of its model, if it has one, at another place."""
+        return self
 
 
 class TrialResult(TrialEnd):
@@ -44,6 +55,11 @@ class TrialResult(TrialEnd):
 
     point: Point | None = None
     held_out_perplexity: float | None = None
+
+    def with_model(self, place: str) -> Self:
+        if self.point is None or self.point.artefact is None:
+            return self
+        return self.model_copy(update={"point": self.point.model_copy(update={"artefact": place})})
 
 
 R = TypeVar("R", bound="TrialEnd")
@@ -62,6 +78,14 @@ class TrialFolder(Generic[R]):
 
     def trial(self, key: str) -> Path:
         return self.root / "trials" / key
+
+    def model(self, key: str) -> Path:
+        """Where a finished trial's model lies."""
+        return self.trial(key) / "model"
+
+    def relative(self, result: R) -> R:
+        """A result as it is written: with the folder of its model as seen from the root."""
+        return result.with_model(self.model(result.key).relative_to(self.root).as_posix())
 
     def claim(self, name: str, science: dict[str, Any], *, extensible: str) -> None:
         """Makes the folder, or goes on in it; the part `extensible` of the configuration may differ from before.
@@ -90,23 +114,37 @@ class TrialFolder(Generic[R]):
         if not file.exists():
             return None
         try:
-            return cast(R, self.result_class.model_validate_json(file.read_text()))
+            result = cast(R, self.result_class.model_validate_json(file.read_text()))
         except ValidationError as error:
             complaint = f"{error.error_count()} errors, first {error.errors()[0]['msg']!r}"
             raise ValueError(
                 f"trial result {str(file)!r} is damaged ({complaint}); delete the trial's folder to run it again"
             ) from error
+        return result.with_model(str(self.model(key).absolute()))
 
-    def write_result(self, result: R) -> None:
-        """Ends a trial: this file is the last that is written."""
+    def write_result(self, result: R) -> bool:
+        """Ends a trial: this file is the last that is written. Of several the first stays; returns whether it is this."""
         self.trial(result.key).mkdir(parents=True, exist_ok=True)
-        result = result.model_copy(update={"faults": self.read_faults(result.key)})
-        write_text(self.trial(result.key) / "result.json", result.model_dump_json(indent=2))
+        result = result.model_copy(update={"faults": self.read_faults(result.key), "ended_at": time.time()})
+        return write_once(self.trial(result.key) / "result.json", self.relative(result).model_dump_json(indent=2))
 
     def read_results(self) -> list[R]:
         """All trials that have ended, by key."""
         keys = sorted(path.parent.name for path in (self.root / "trials").glob("*/result.json"))
         return [result for key in keys if (result := self.read_result(key))]
+
+    def has_ended(self, key: str) -> bool:
+        """Whether a trial has a result."""
+        return (self.trial(key) / "result.json").exists()
+
+    def reopen_failed(self) -> list[str]:
+        """Failed trials count as cut off from now on, and their faults as never met; returns their keys."""
+        failed = [result for result in self.read_results() if result.status == "failed"]
+        for result in failed:
+            self.write_started(result.key, result.assignment)
+            for name in ("faults.txt", "result.json"):
+                (self.trial(result.key) / name).unlink(missing_ok=True)
+        return [result.key for result in failed]
 
     def read_started(self) -> dict[str, dict[str, Any]]:
         """Assignments of trials that were started and have not ended, by key."""
@@ -154,16 +192,27 @@ class RunFolder(TrialFolder[TrialResult]):
         self.fits.mkdir(exist_ok=True)
 
     def find_points(self) -> list[Point]:
-        """The points of all finished trials."""
-        return [result.point for result in self.read_results() if result.point]
+        """The points of all finished trials, in the order in which they ended."""
+        return [result.point for result in self._read_finished() if result.point]
+
+    def mark_registered(self, key: str, model: str) -> None:
+        """Notes beside a trial's model that a registry names it: its weights are kept from now on."""
+        write_text(self.trial(key) / "registered", f"{model}\n")
 
     def drop_dominated_models(self) -> None:
-        """Deletes the weights of trials that are off the frontier; their numbers stay."""
-        points = self.find_points()
-        kept = {point.artefact for point in find_frontier(points)}
-        for point in points:
-            if point.artefact and point.artefact not in kept:
-                shutil.rmtree(point.artefact, ignore_errors=True)
+        """Deletes the weights of trials that are off the frontier and in no registry; their numbers stay."""
+        finished, root = self._read_finished(), self.root.resolve()
+        kept = {point.artefact for point in find_frontier([result.point for result in finished if result.point])}
+        for result in finished:
+            model = self.model(result.key)
+            is_named = str(model.absolute()) in kept or (self.trial(result.key) / "registered").exists()
+            if not is_named and model.resolve().is_relative_to(root):  # a link may lead to another search's models
+                shutil.rmtree(model, ignore_errors=True)
+
+    def _read_finished(self) -> list[TrialResult]:
+        """In order of time; results without one, of earlier versions, have that of their file."""
+        finished = [result for result in self.read_results() if result.point]
+        return sorted(finished, key=lambda r: r.ended_at or (self.trial(r.key) / "result.json").stat().st_mtime)
 
 
 class ProgressFile:

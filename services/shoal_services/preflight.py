@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from shoal.files import write_text
+from shoal.files import require_path, write_text
 
 from shoal_services.config import Workers
 from shoal_services.console import mask_passwords
@@ -39,34 +39,36 @@ class Clearance:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node says of itself: versions, and what it sees and can do in the storage."""
+    """What a node says of itself: versions, what it sees and can do in the storage, and which inputs it does not see."""
 
     node: str
     versions: dict[str, str]
     sees_marker: bool
     complaint: str | None
     own_marker: str
+    unseen: tuple[str, ...] = ()
 
 
-def check_cluster(run: Workers, storage: Path) -> Clearance:
+def check_cluster(run: Workers, storage: Path, inputs: Iterable[str] = ()) -> Clearance:
     """Whether a search can run on the connected cluster.
 
     Raises ValueError for resources that the cluster does not have and cannot get, storage that is not shared, not
-    writable from every node or nearly full, and package versions that differ between nodes. A tracker that does not
-    answer is a remark: its records are kept and sent later.
+    writable from every node or nearly full, package versions that differ between nodes, and of the inputs (models and
+    texts) files and folders that are not everywhere. A tracker that does not answer is a remark: its records are kept and
+    sent later.
     """
     check_writable(storage)
     clearance = fit_trials(run, read_nodes(), read_maximum())
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) > 1:
-        check_nodes(nodes, storage)
+        check_nodes(nodes, storage, tuple(place for place in inputs if os.path.isabs(place)))
     remarks = [remark for remark in (_look_at_tracker(run.tracking_uri),) if remark]
     return Clearance(clearance.concurrent, clearance.remarks + remarks)
 
 
-def clear_cluster(run: Workers, storage: Path, remark: Callable[[str], None]) -> int:
+def clear_cluster(run: Workers, storage: Path, remark: Callable[[str], None], inputs: Iterable[str] = ()) -> int:
     """How many trials fit at once, after `check_cluster`, whose remarks are passed on. Raises as that does."""
-    clearance = check_cluster(run, storage)
+    clearance = check_cluster(run, storage, inputs)
     for one in clearance.remarks:
         remark(one)
     return clearance.concurrent
@@ -112,7 +114,8 @@ def _explain_lack(run: Workers, worker: Shape, nodes: dict[str, Shape]) -> str:
 
 
 def check_writable(storage: Path) -> None:
-    """Raises ValueError if files cannot be written under `storage`, or the disk is nearly full."""
+    """Raises ValueError if files cannot be written under `storage`, it is a URI, or the disk is nearly full."""
+    require_path(storage, "storage")
     # Unlike Path.exists, os.path.exists says no where one may not look.
     existing = next(path for path in (storage, *storage.parents) if os.path.exists(path))
     if not existing.is_dir():
@@ -138,8 +141,8 @@ def describe_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
 
 
-def check_nodes(nodes: list[dict], storage: Path) -> None:
-    """Every node runs the same versions, and sees the others' files in the storage and writes its own.
+def check_nodes(nodes: list[dict], storage: Path, inputs: tuple[str, ...] = ()) -> None:
+    """Every node runs the same versions, sees the inputs and the others' files in the storage, and writes its own.
 
     Raises ValueError that names the node.
     """
@@ -151,7 +154,7 @@ def check_nodes(nodes: list[dict], storage: Path) -> None:
     for node in nodes:
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         name = node["NodeManagerAddress"]
-        looks[look.options(scheduling_strategy=place).remote(name, str(marker))] = name
+        looks[look.options(scheduling_strategy=place).remote(name, str(marker), inputs)] = name
     try:
         silent = ray.wait(list(looks), num_returns=len(looks), timeout=NODE_LIMIT_S)[1]
         if silent:
@@ -166,7 +169,7 @@ def check_nodes(nodes: list[dict], storage: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def look_from_node(node: str, marker: str) -> NodeReport:
+def look_from_node(node: str, marker: str, inputs: tuple[str, ...]) -> NodeReport:
     """A node's report; leaves a marker of its own beside `marker`. Runs on the node."""
     own = f"{marker}-{uuid.uuid4().hex}"
     sees_marker, complaint = Path(marker).exists(), None
@@ -176,7 +179,8 @@ def look_from_node(node: str, marker: str) -> NodeReport:
             write_text(Path(own), "written by a node in the check before a search")
     except (ValueError, OSError) as error:
         complaint = str(error)
-    return NodeReport(node, describe_versions(), sees_marker, complaint, own)
+    unseen = tuple(place for place in inputs if not os.path.exists(place))
+    return NodeReport(node, describe_versions(), sees_marker, complaint, own, unseen)
 
 
 def require_equal(reports: Iterable[NodeReport], here: dict[str, str], storage: Path) -> None:
@@ -199,6 +203,11 @@ def require_equal(reports: Iterable[NodeReport], here: dict[str, str], storage: 
             raise ValueError(
                 f"what node {report.node} writes to storage {str(storage)!r} is not seen here: the two do not share it, or "
                 "one of them mounts it with a cache that hides new files"
+            )
+        if report.unseen:
+            raise ValueError(
+                f"node {report.node} does not see {report.unseen[0]!r}: models and texts that are no Hub ids lie where all "
+                "nodes see them, under one path (NFS, a mounted bucket)"
             )
 
 

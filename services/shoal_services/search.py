@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ray
 from shoal.files import write_text
@@ -22,7 +23,8 @@ from shoal_services.curves_page import write_curves_page
 from shoal_services.events import SearchEvents, search_key
 from shoal_services.folder import RunFolder, TrialResult
 from shoal_services.linearity_page import write_linearity_page
-from shoal_services.preflight import clear_cluster
+from shoal_services.lock import hold
+from shoal_services.preflight import check_writable, clear_cluster
 from shoal_services.report import write_frontier_page
 from shoal_services.tracking import Tracker
 from shoal_services.trials import run_trials
@@ -40,6 +42,14 @@ class Outcome:
     num_unsent: int
     tracking_problem: str | None
 
+    def explain_failure(self) -> str:
+        """Why there is no frontier: what ended the first trial that ended."""
+        first = min(self.results, key=lambda result: result.ended_at or 0)
+        return (
+            f"no trial finished: of {len(self.results)}, the first, {first.key}, {first.status}: {first.reason}; "
+            "mend the cause and give the same command again: it tries those that failed again"
+        )
+
 
 class SearchAudience(Audience, Protocol):
     """Who hears of a search while it runs: also results as they come."""
@@ -55,10 +65,21 @@ def run_search(config: SearchConfig, audience: SearchAudience, *, num_cpus: int 
     Raises ValueError or OSError for what cannot work (before any trial), KeyboardInterrupt after a clean stop.
     """
     folder = RunFolder(config.folder)
+    check_writable(folder.root)
+    with hold(folder.root):
+        try:
+            return _search(config, folder, audience, num_cpus)
+        finally:
+            ray.shutdown()
+
+
+def _search(config: SearchConfig, folder: RunFolder, audience: SearchAudience, num_cpus: int | None) -> Outcome:
     audience("start Ray", 0, 1)
     connect(config.run.address, num_cpus=num_cpus)
-    concurrent = clear_cluster(config.run, folder.root, audience.remark)
     folder.claim_search(config)
+    config = config.resolved()
+    inputs = (config.model, *config.texts.train, *config.texts.evaluation)
+    concurrent = clear_cluster(config.run, folder.root, audience.remark, inputs)
     audience("start Ray", 1, 1)
     prepare_search(config, folder, concurrent, audience)
     scores = read_scores(folder.scores)
@@ -68,14 +89,11 @@ def run_search(config: SearchConfig, audience: SearchAudience, *, num_cpus: int 
 
     tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")
     events = SearchEvents(config, folder, tracker, on_end=lambda result: _after_trial(config, folder, result, audience))
-    try:
-        with events.running():
-            results = run_trials(config, folder, concurrent, events, audience)
-            events.record_missed()
-            frontier = write_frontier(config, folder)
-            _publish(config, folder, frontier, tracker)
-    finally:
-        ray.shutdown()
+    with events.running():
+        results = run_trials(config, folder, concurrent, events, audience)
+        events.record_missed()
+        frontier = write_frontier(config, folder)
+        _publish(config, folder, frontier, tracker)
     return Outcome(folder.root, results, frontier, tracker.uri, tracker.num_unsent, tracker.problem)
 
 
@@ -95,13 +113,19 @@ def write_frontier(config: SearchConfig, folder: RunFolder) -> list[Point]:
         folder.drop_dominated_models()
     points = folder.find_points()
     frontier = find_frontier(points)
-    picks = {name: point.artefact for name, point in name_picks(frontier).items()}
-    payload = {"picks": picks, "frontier": [json.loads(point.model_dump_json()) for point in frontier]}
-    write_text(folder.root / "frontier.json", json.dumps(payload, indent=2))
+    # Paths of the file are as seen from the folder, which can be moved.
+    inside = [p.model_copy(update={"artefact": os.path.relpath(p.artefact or "", folder.root)}) for p in frontier]
+    write_text(folder.root / "frontier.json", json.dumps(describe_frontier(inside), indent=2))
     write_frontier_page(folder.root / "frontier.html", config.name, points)
     if config.search.algorithm == "grid":
         write_curves_page(folder.root / "curves.html", config.name, points)
     return frontier
+
+
+def describe_frontier(frontier: list[Point]) -> dict[str, Any]:
+    """JSON-able: the named picks, as folders of models, and all points, smallest first."""
+    picks = {name: point.artefact for name, point in name_picks(frontier).items()}
+    return {"picks": picks, "frontier": [json.loads(point.model_dump_json()) for point in frontier]}
 
 
 def _publish(config: SearchConfig, folder: RunFolder, frontier: list[Point], tracker: Tracker) -> None:
@@ -120,6 +144,7 @@ def _publish(config: SearchConfig, folder: RunFolder, frontier: list[Point], tra
     picks = name_picks(frontier)
     for point in frontier:
         assert point.artefact is not None
+        folder.mark_registered(keys[point.artefact], model_name)
         tracker.register(
             model_name,
             f"{parent}/{keys[point.artefact]}",
@@ -133,7 +158,7 @@ def _publish(config: SearchConfig, folder: RunFolder, frontier: list[Point], tra
             aliases=[name for name, pick in picks.items() if pick is point],
         )
     tracker.end_orphans(parent)
-    tracker.end_run(parent, "FINISHED")
+    tracker.end_run(parent, "FINISHED" if frontier else "FAILED")
 
 
 def frontier_columns(frontier: list[Point]) -> dict[str, list]:

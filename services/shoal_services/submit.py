@@ -73,12 +73,15 @@ def require_portable(config: SearchConfig) -> list[Path]:
             f"run.storage {str(storage)!r} is relative, and a cluster has no folder of yours to begin from; give the "
             "absolute path of a folder that all its nodes share (NFS, a mounted bucket): --storage /mnt/shared/shoal-runs"
         )
-    model = Path(config.model)
-    if not model.is_absolute() and (model.exists() or config.model.startswith(".")):
-        raise ValueError(
-            f"model {config.model!r} is a folder or file of this machine; put it where all nodes of the cluster see it and "
-            "give its absolute path, or give a Hub id"
-        )
+    for what, place, otherwise in [
+        ("model", config.model, "a Hub id"),
+        *(("task", name, "the name of one that lm-eval brings") for name in (config.tasks.names if config.tasks else ())),
+    ]:
+        if not Path(place).is_absolute() and (Path(place).exists() or place.startswith((".", "~"))):
+            raise ValueError(
+                f"{what} {place!r} is a folder or file of this machine; put it where all nodes of the cluster see it and "
+                f"give its absolute path, or give {otherwise}"
+            )
     if urlsplit(config.run.tracking_uri or "").password:
         raise ValueError(
             "run.tracking_uri holds a password, which everyone who sees the job would read; "

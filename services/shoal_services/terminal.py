@@ -25,6 +25,7 @@ from shoal.linearity import BlockLinearity
 
 from shoal_services.console import console, mask_passwords, quote, say, show
 from shoal_services.folder import TrialResult, read_progress
+from shoal_services.interrupts import Interrupted, interruptible
 from shoal_services.tables import linearity_table
 
 if TYPE_CHECKING:
@@ -148,13 +149,13 @@ def watch_trials(display: ProgressDisplay, trials: Path) -> Iterator[None]:
 
 @contextmanager
 def follow_trials(trials: Path) -> Iterator[ProgressDisplay]:
-    """Bars and what each running trial is doing, while the block runs; Ctrl-C ends it with exit code 130."""
+    """Bars and what each running trial is doing, while the block runs; a signal ends it with a shell's exit code for it."""
     try:
-        with show_progress() as display, watch_trials(display, trials):
+        with interruptible(), show_progress() as display, watch_trials(display, trials):
             yield display
     except KeyboardInterrupt as interrupt:
         say("stopped; the same command goes on from here")
-        raise typer.Exit(130) from interrupt
+        raise typer.Exit(interrupt.exit_code if isinstance(interrupt, Interrupted) else 130) from interrupt
 
 
 def tell_unsent(num_unsent: int, problem: str | None) -> None:

@@ -5,6 +5,8 @@ The steps are those of `shoal.compress`; what trials share comes from the search
 
 from __future__ import annotations
 
+import functools
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -30,24 +32,31 @@ from transformers import PreTrainedModel
 from shoal_services.config import SearchConfig
 from shoal_services.faults import limit_steps
 from shoal_services.folder import OUT_OF_MEMORY, ProgressFile, RunFolder, Status, TrialResult
-from shoal_services.ranks import Notice, read_state, report, tell
+from shoal_services.ranks import Notice, end_all, read_state, report, tell, wait_for
 
 
 def train_trial(job: dict[str, Any]) -> None:
     """What each Ray Train worker does with `job` = {config, root, key, assignment}: all ranks train, rank 0 writes.
 
-    A model that collapses, or a recipe that the model cannot fulfil, ends the trial with that result; any other
-    error is raised, and Train starts the workers again from the last checkpoint.
+    A model that collapses, or a recipe that the model cannot fulfil, ends the trial with that result, on whatever rank
+    that is seen; any other error is raised, and Train starts the workers again from the last checkpoint. A trial that is
+    stopped has its result already, and ends without another.
     """
     config, folder = SearchConfig.model_validate(job["config"]), RunFolder(Path(job["root"]))
     torch.set_num_threads(max(1, int(config.run.cpus_per_worker)))
     trial = Trial(config, folder, job["key"], job["assignment"])
     try:
         trial.run()
+    except Stopped:
+        pass
     except (Collapsed, ValueError, FloatingPointError) as error:
-        if trial.is_writer:
-            status: Status = "collapsed" if isinstance(error, Collapsed) else "failed"
-            folder.write_result(TrialResult(key=job["key"], assignment=job["assignment"], status=status, reason=str(error)))
+        status: Status = "collapsed" if isinstance(error, Collapsed) else "failed"
+        result = TrialResult(key=job["key"], assignment=job["assignment"], status=status, reason=str(error))
+        end_all(functools.partial(folder.write_result, result), error)
+
+
+class Stopped(Exception):
+    """The trial has a result: it was stopped while it ran."""
 
 
 class Trial:
@@ -62,6 +71,8 @@ class Trial:
 
     def run(self) -> None:
         """Load → choose and fit (or take the fit that another trial made) → distil → evaluate → store."""
+        if tell(self.folder.has_ended(self.key)):  # stopped, before these workers were started again
+            raise Stopped
         self.listen("load", 0, 1)
         with self.watch.time("load"):
             corpus = Corpus.load(self.folder.prepared / "corpus.safetensors")
@@ -88,22 +99,29 @@ class Trial:
         if not self.is_writer:
             return
         with self.watch.time("evaluate"):
-            evaluations = evaluate_all(student, corpus, preparation, listen=self.listen)
+            evaluations = evaluate_all(student, corpus, preparation, listen=self._listen_for_the_end)
             self._require_alive(evaluations[0].perplexity, evaluations[0].dense_perplexity)
             speeds = (None, None) if streamed else tuple(measure_speeds([model, student]))
             tasks = self._measure_tasks(student)
-        artefact = self.folder.trial(self.key) / "model"
+        artefact = self.folder.model(self.key)
         if not artefact.exists():  # it is there if the workers died between here and the result
             with self.watch.time("store"):
                 save(student, load_tokenizer(str(self.folder.prepared / "tokenizer")), artefact, recipe=recipe)
         point = make_point(recipe, evaluations, (measure_size(model), size), speeds, self.watch, student)
         point = save_point(artefact, point.model_copy(update={"tasks": tasks}))
-        self.folder.write_result(
+        is_first = self.folder.write_result(
             TrialResult(
                 key=self.key, assignment=self.assignment, status="finished", point=point,
                 held_out_perplexity=self.held_out_perplexity,
             )
         )  # fmt: skip
+        if not is_first:  # it was stopped, too late to be heard
+            shutil.rmtree(artefact, ignore_errors=True)
+
+    def _listen_for_the_end(self, stage: str, done: int, total: int) -> None:
+        self.listen(stage, done, total)
+        if self.folder.has_ended(self.key):
+            raise Stopped
 
     def _measure_tasks(self, student: PreTrainedModel) -> tuple[TaskScore, ...]:
         """The student in the search's tasks, if it has any, beside the dense model."""
@@ -120,15 +138,11 @@ class Trial:
         self, recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation
     ) -> tuple[Recipe, Replacement]:
         """The replacement from `fits/`, put there by rank 0 of the first trial that needs it."""
-        file, complaint = self.folder.fits / f"{_fit_key(recipe)}.safetensors", None
+        file = self.folder.fits / f"{_fit_key(recipe)}.safetensors"
         if self.is_writer and not file.exists():
-            try:
-                chosen = choose(recipe, model, corpus, preparation)
-                fit(chosen, model, corpus.calibration, preparation.moments, listen=self.listen).save(file)
-            except (ValueError, FloatingPointError) as error:
-                complaint = str(error)
-        if complaint := tell(complaint):  # all end, and none waits for one that has
-            raise ValueError(complaint)
+            chosen = choose(recipe, model, corpus, preparation)
+            fit(chosen, model, corpus.calibration, preparation.moments, listen=self.listen).save(file)
+        wait_for(file)  # hours, with a large model
         replacement = Replacement.load(file)
         return recipe.model_copy(update={"blocks": replacement.blocks}), replacement
 
@@ -157,7 +171,7 @@ class Trial:
         if state := read_state():
             run.load_state_dict(state)
             checked = state["checked"]
-        notice, saved_at = Notice(), time.monotonic()
+        notice, saved_at = Notice(self.folder.trial(self.key) / "result.json"), time.monotonic()
         with limit_steps(self.config.run.step_limit_s) as live:
             for metrics in run:
                 live()
@@ -166,6 +180,8 @@ class Trial:
                 checked = metrics if is_check else checked
                 due = time.monotonic() - saved_at >= self.config.run.checkpoint_every_s and not run.descent.is_done
                 due = notice.comes() or (is_check and tell(due))
+                if notice.is_stopped:
+                    raise Stopped
                 if is_check or due:  # Tune wants the numbers of a check: the last one's, where there is notice
                     state = run.state_dict() | {"checked": checked} if due else None
                     self._report(checked, num_parameters, state=state)
@@ -180,7 +196,8 @@ class Trial:
     def _report(self, metrics: dict[str, float], num_parameters: int, *, state: dict | None = None) -> None:
         """Reports to Train, and so to Tune; with a state, also a checkpoint. Every rank calls this alike."""
         self.held_out_perplexity = metrics["held_out_perplexity"]
-        report({**metrics, "num_parameters": num_parameters, **_measure_system()}, state)
+        aside = self.folder.trial(self.key) / "train"
+        report({**metrics, "num_parameters": num_parameters, **_measure_system()}, state, aside)
 
     def _require_alive(self, perplexity: float, dense: float) -> None:
         ceiling = dense * self.config.search.max_perplexity_ratio

@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol, TypeVar, cast
 
 import ray.train
@@ -23,14 +20,15 @@ from shoal_services.config import Workers
 from shoal_services.events import TrialEvents, Trials
 from shoal_services.faults import FaultNotes, raise_storage_error
 from shoal_services.folder import TrialEnd, TrialFolder
+from shoal_services.interrupts import interruptible
 from shoal_services.network import NodeAddressConfig
 
 START_TIMEOUT_FAILURES, DRIVER_FAILURES = 3, 2
 # Tune wants a driver to ask for something.
 DRIVER_MEMORY = 2**20
-# Workers wait for one that fits alone, hours with a large model. Dead workers are noticed by Ray, and hung ones by
-# `run.step_limit_s`, not by collectives that take too long.
-COLLECTIVE_LIMIT_S = 24 * 3600
+# Workers that wait in a collective do so while another one reads the model, which its node may have to download first.
+# For what rank 0 does alone they wait without one, dead workers are noticed by Ray, and slow steps by `run.step_limit_s`.
+COLLECTIVE_LIMIT_S = 2 * 3600
 
 E = TypeVar("E", bound=TrialEnd)
 
@@ -57,8 +55,12 @@ class Grid(Trials, Protocol):
 def run_missing(
     driver: Callable[..., None], config: Grid, concurrent: int, events: TrialEvents[E], audience: Audience
 ) -> None:
-    """Trials that have no result, one Tune trial each; those that were cut off go on from their checkpoints."""
+    """Trials that have no result, one Tune trial each; those that were cut off go on from their checkpoints.
+
+    Those that failed before are tried again.
+    """
     folder, assignments = events.folder, config.assignments()
+    reopen_failed(folder, audience)
     missing = [one for one in assignments if folder.read_result(config.trial_key(one)) is None]
     audience("trials", len(assignments) - len(missing), len(assignments))
     if not missing:
@@ -66,6 +68,12 @@ def run_missing(
     tune_config = ray.tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=True)
     job = {"config": config.model_dump(mode="json"), "root": str(folder.root)}
     tune_trials(driver, job, {"assignment": ray.tune.grid_search(missing)}, events, tune_config)
+
+
+def reopen_failed(folder: TrialFolder, audience: Audience) -> None:
+    """Trials that failed before count as cut off, once for each time that the command is given."""
+    if failed := folder.reopen_failed():
+        audience.remark(f"{len(failed)} trials failed before and are tried again: {', '.join(failed)}")
 
 
 def run_workers(
@@ -148,22 +156,14 @@ def train_on_workers(
 
 @contextmanager
 def interrupt_for_sure(events: TrialEvents) -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt, and again at Tune's next step if the first was lost.
+    """Inside, a signal raises KeyboardInterrupt, and again at Tune's next step if the first was lost.
 
     Python drops an exception that is raised inside a callback of compiled code, and Ray's loop runs many of them.
     """
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        events.ending = KeyboardInterrupt()
-        signal.default_int_handler(signum, frame)
-
-    gets_signals = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM) if gets_signals}
     try:
-        yield
+        with interruptible(events.end):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         events.raise_if_ending()  # also where Tune stumbles over what it could not write
 
 

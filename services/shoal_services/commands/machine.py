@@ -30,7 +30,7 @@ def doctor(
 
         shoal doctor
 
-        shoal doctor --address ray://head:10001 --storage /mnt/shared --tracking-uri http://mlflow:5000
+        shoal doctor --address auto --storage /mnt/shared --tracking-uri http://mlflow:5000
     """
     from shoal_services.console import show
     from shoal_services.doctor import examine

@@ -39,7 +39,9 @@ Streamed = Annotated[
         show_default=False,
     ),
 ]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to use; by default a local one is started.")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster that this machine belongs to: auto, or HOST:PORT; by default a local one.")
+]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow server, instead of SQLite in the run's own folder.")]
 NumCpus = Annotated[int | None, typer.Option(help="CPUs of the local cluster; by default all.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]

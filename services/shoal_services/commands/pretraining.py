@@ -33,7 +33,7 @@ def pretrain(
 
         shoal pretrain tune_configs/pretrain-tiny.yaml
 
-        shoal pretrain tune_configs/pretrain-mistral-150m.yaml --address ray://head:10001 --storage /mnt/shared
+        shoal pretrain tune_configs/pretrain-mistral-150m.yaml --address auto --storage /mnt/shared
     """
     from shoal_services.pretraining.config import load_pretrain_config
 

@@ -29,7 +29,7 @@ def search(
 
         shoal search tune_configs/curves-smollm2-135m.yaml   # a grid: also writes curves.html
 
-        shoal search my.yaml --address ray://head:10001 --storage /mnt/shared --tracking-uri http://mlflow:5000
+        shoal search my.yaml --address auto --storage /mnt/shared --tracking-uri http://mlflow:5000
     """
     from shoal_services.config import load_config
 
@@ -45,18 +45,21 @@ def search(
 
 def _print_outcome(name: str, outcome, as_json: bool) -> None:
     from shoal_services.console import quote, say, show
+    from shoal_services.search import describe_frontier
     from shoal_services.tables import frontier_table
     from shoal_services.terminal import tell_runs, tell_unsent
 
     if as_json:
-        print((outcome.folder / "frontier.json").read_text())
-    else:
+        print(json.dumps(describe_frontier(outcome.frontier), indent=2))
+    elif outcome.frontier:
         show(frontier_table(name, outcome.frontier))
     for result in outcome.results:
         if result.status != "finished":
             say(f"trial {result.key} {result.status}: {result.reason}")
     tell_unsent(outcome.num_unsent, outcome.tracking_problem)
     folder = outcome.folder
+    if not outcome.frontier:
+        raise RuntimeError(outcome.explain_failure())
     say(f"frontier:  {folder / 'frontier.html'}\nlinearity: {folder / 'linearity.html'}")
     if (folder / "curves.html").exists():
         say(f"curves:    {folder / 'curves.html'}")
@@ -87,7 +90,7 @@ def frontier(
     from shoal_services.folder import RunFolder
     from shoal_services.tables import frontier_table
 
-    run = RunFolder(folder)
+    run = RunFolder(folder.resolve())
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} is no search's folder: it has no config.json; give shoal-runs/NAME")
     points = find_frontier(run.find_points())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator
 from shoal.finetune import Examples, Finetuning
@@ -11,7 +11,7 @@ from shoal.labelled import load_labelled, load_preferences
 from shoal.models import load_tokenizer
 from shoal.recipe import Texts, Value
 
-from shoal_services.config import Workers
+from shoal_services.config import Workers, resolve
 
 
 class FinetuneConfig(Value):
@@ -55,6 +55,10 @@ class FinetuneConfig(Value):
     def science(self) -> dict[str, Any]:
         """The part that decides what comes out."""
         return self.model_dump(mode="json", exclude={"run"})
+
+    def resolved(self) -> Self:
+        """The same with paths that hold for every worker."""
+        return resolve(self.model_copy(update={"texts": resolve(self.texts, "train", "evaluation")}), "model", "data")
 
     def assignments(self) -> list[dict[str, Any]]:
         """Every run: a seed."""

@@ -33,6 +33,9 @@ class FinetuneResult(TrialEnd):
     blocks: tuple[dict[str, Any], ...] = ()
     model: str | None = None
 
+    def with_model(self, place: str) -> Self:
+        return self.model_copy(update={"model": self.model and place})
+
     def scores(self) -> list[BlockLinearity]:
         """The blocks' linearity."""
         return [BlockLinearity(**block) for block in self.blocks]
@@ -83,7 +86,7 @@ class Finetuned:
             "config": self.config.science, "text": self.text.model_dump(),
             "before": [dataclasses.asdict(score) for score in self.before],
             "change": {field: dataclasses.asdict(self.change(field)) for field in MEASURES},
-            "seeds": [json.loads(result.model_dump_json()) for result in self.results],
+            "seeds": [json.loads(r.with_model(f"trials/{r.key}/model").model_dump_json()) for r in self.results],
         }  # fmt: skip
 
 

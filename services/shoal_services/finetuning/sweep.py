@@ -17,7 +17,8 @@ from shoal_services.finetuning.config import FinetuneConfig
 from shoal_services.finetuning.results import MEASURES, Finetuned, FinetuneFolder, FinetuneResult, mean_over_blocks
 from shoal_services.finetuning.worker import finetune_worker
 from shoal_services.linearity_page import write_comparison_page
-from shoal_services.preflight import clear_cluster
+from shoal_services.lock import hold
+from shoal_services.preflight import check_writable, clear_cluster
 from shoal_services.space import read_assignment
 from shoal_services.tracking import Tracker
 from shoal_services.tuning import Audience, run_missing, run_workers
@@ -56,20 +57,28 @@ def run_finetuning(config: FinetuneConfig, audience: Audience, *, num_cpus: int 
     """
     config.load_examples()
     folder = FinetuneFolder(config.folder)
+    check_writable(folder.root)
+    with hold(folder.root):
+        try:
+            return _finetune(config, folder, audience, num_cpus)
+        finally:
+            ray.shutdown()
+
+
+def _finetune(config: FinetuneConfig, folder: FinetuneFolder, audience: Audience, num_cpus: int | None) -> FinetuneOutcome:
     audience("start Ray", 0, 1)
     connect(config.run.address, num_cpus=num_cpus)
-    concurrent = clear_cluster(config.run, folder.root, audience.remark)
     folder.claim(config.name, config.science, extensible="seeds")
+    config = config.resolved()
+    inputs = (config.model, config.data, *config.texts.train)
+    concurrent = clear_cluster(config.run, folder.root, audience.remark, inputs)
     audience("start Ray", 1, 1)
     tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")
     events = FinetuneEvents(config, folder, tracker, on_end=lambda _: _count(config, folder, audience))
-    try:
-        with events.running():
-            run_missing(run_trial, config, concurrent, events, audience)
-            events.record_missed()
-            finetuned = _conclude(config, folder, tracker, events.parent)
-    finally:
-        ray.shutdown()
+    with events.running():
+        run_missing(run_trial, config, concurrent, events, audience)
+        events.record_missed()
+        finetuned = _conclude(config, folder, tracker, events.parent)
     return FinetuneOutcome(folder.root, finetuned, folder.read_results(), tracker.uri, tracker.num_unsent, tracker.problem)
 
 

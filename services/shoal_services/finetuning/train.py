@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from shoal_services.finetuning.config import FinetuneConfig
 from shoal_services.finetuning.results import FinetuneFolder, FinetuneResult
 from shoal_services.folder import ProgressFile
+from shoal_services.ranks import wait_for
 
 
 def finetune_run(job: dict[str, Any]) -> None:
@@ -46,6 +47,7 @@ def finetune_run(job: dict[str, Any]) -> None:
     if is_writer and not folder.before.exists():
         payload = {"text": windows.describe().model_dump(), "blocks": _measure(model, windows)}
         write_text(folder.before, json.dumps(payload))
+    wait_for(folder.before)
     run = FinetuningRun(
         model, tokenizer, config.load_examples(), config.finetuning, folder=folder.trial(key) / "checkpoints",
         seed=job["assignment"]["seed"], world_size=context.get_world_size(), listen=listen,
@@ -57,7 +59,7 @@ def finetune_run(job: dict[str, Any]) -> None:
     except FloatingPointError as error:
         result = result.model_copy(update={"reason": str(error)})
     else:
-        artefact = folder.trial(key) / "model"
+        artefact = folder.model(key)
         blocks = _measure(run.finish(), windows) if is_writer else []
         result = result.model_copy(
             update={"status": "finished", "blocks": tuple(blocks), "model": str(artefact), **measured}

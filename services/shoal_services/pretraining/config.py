@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from shoal.pretrain_recipe import (
@@ -18,7 +18,7 @@ from shoal.pretrain_recipe import (
 from shoal.recipe import Value
 
 from shoal_services.complaints import read_strict
-from shoal_services.config import Workers
+from shoal_services.config import Workers, resolve
 
 
 class Sweep(Value):
@@ -76,6 +76,10 @@ class PretrainConfig(Value):
     def folder(self) -> Path:
         """Where the sweep keeps everything."""
         return (self.run.storage / self.name).expanduser().resolve()
+
+    def resolved(self) -> Self:
+        """The same with paths that hold for every worker."""
+        return self.model_copy(update={"texts": resolve(self.texts, "train", "validation", "tokenizer")})
 
     def assignments(self) -> list[dict[str, Any]]:
         """Every run of the sweep, seed by seed: whole comparisons come first."""

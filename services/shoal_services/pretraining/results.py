@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from shoal.files import write_text
 from shoal.pretrain_recipe import PretrainRecipe, Regularizer
@@ -34,6 +33,9 @@ class PretrainResult(TrialEnd):
     device: str | None = None
     seconds: float | None = None
     model: str | None = None
+
+    def with_model(self, place: str) -> Self:
+        return self.model_copy(update={"model": self.model and place})
 
     @property
     def regularizer(self) -> Regularizer:
@@ -96,7 +98,7 @@ def summarise(results: Sequence[PretrainResult]) -> list[dict[str, Any]]:
 def write_results(config: PretrainConfig, folder: PretrainFolder) -> list[PretrainResult]:
     """`pretraining.json`: the summary and every finished run. Returns the runs."""
     results = folder.find_finished()
-    runs = [json.loads(result.model_dump_json()) for result in results]
+    runs = [json.loads(folder.relative(result).model_dump_json()) for result in results]
     payload = {"name": config.name, "summary": summarise(results), "runs": runs}
     write_text(folder.root / "pretraining.json", json.dumps(payload, indent=2))
     return results
@@ -112,8 +114,3 @@ def describe_texts(results: Sequence[PretrainResult]) -> str:
         f"{lin.num_tokens:,} tokens (sha256 {(lin.sha256 or '')[:8]}); neither was trained on. "
         f"{first.num_parameters or 0:,} parameters, on {first.device}."
     )
-
-
-def model_folder(folder: PretrainFolder, key: str) -> Path:
-    """Where a finished run's model lies."""
-    return folder.trial(key) / "model"

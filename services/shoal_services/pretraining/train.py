@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from shoal.pretrain_corpus import PretrainCorpus
 from shoal_services.faults import limit_steps
 from shoal_services.folder import ProgressFile
 from shoal_services.pretraining.config import PretrainConfig
-from shoal_services.pretraining.results import PretrainFolder, PretrainResult, model_folder
-from shoal_services.ranks import Notice, read_state, report
+from shoal_services.pretraining.results import PretrainFolder, PretrainResult
+from shoal_services.ranks import Notice, end_all, read_state, report
 
 REPORTED = 50
 """Reports of a run beside its checks."""
@@ -47,7 +48,7 @@ def pretrain_run(job: dict[str, Any]) -> None:
     num_steps = recipe.training.num_steps
     every = max(1, num_steps // REPORTED)
     try:
-        notice = Notice()
+        notice = Notice(folder.trial(key) / "result.json")
         with limit_steps(config.run.step_limit_s) as live:
             for metrics in run:
                 live()
@@ -59,20 +60,20 @@ def pretrain_run(job: dict[str, Any]) -> None:
                 state = run.state_dict() | {"seconds": elapsed + time.monotonic() - started_at} if due else None
                 if checked and is_writer and config.run.keep_checkpoints:
                     _save_once(folder.trial(key) / f"checkpoint-{run.step:06d}", run, tokenizer, recipe)
-                report(metrics, state)
+                report(metrics, state, folder.trial(key) / "train")
     except Diverged as error:
-        if is_writer:
-            folder.write_result(PretrainResult(key=key, assignment=assignment, status="collapsed", reason=str(error)))
+        result = PretrainResult(key=key, assignment=assignment, status="collapsed", reason=str(error))
+        end_all(functools.partial(folder.write_result, result), error)
         return
     if is_writer:
-        _save_once(model_folder(folder, key), run, tokenizer, recipe)
+        _save_once(folder.model(key), run, tokenizer, recipe)
         folder.write_result(
             PretrainResult(
                 key=key, assignment=assignment, status="finished", recipe=recipe, checks=tuple(run.checks),
                 blocks=tuple(dataclasses.asdict(block) for block in run.blocks),
                 validation=corpus.validation.describe(), linearity=corpus.linearity.describe(),
                 num_parameters=sum(p.numel() for p in run.model.parameters()), device=device.type,
-                seconds=elapsed + time.monotonic() - started_at, model=str(model_folder(folder, key)),
+                seconds=elapsed + time.monotonic() - started_at, model=str(folder.model(key)),
             )
         )  # fmt: skip
 

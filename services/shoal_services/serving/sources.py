@@ -88,7 +88,7 @@ def _read_search(folder: Path) -> dict[str, VariantSettings]:
 def _find_artefact(folder: Path, artefact: str) -> str:
     """The model's folder, also where the search's folder was moved as a whole."""
     moved = folder / "trials" / Path(artefact).parent.name / "model"
-    found = next((path for path in (Path(artefact), moved) if path.is_dir()), None)
+    found = next((path for path in (moved, Path(artefact)) if path.is_dir()), None)
     if found is None:
         raise ValueError(f"the frontier's model {artefact!r} is gone; run the search again")
     return str(found.resolve())
