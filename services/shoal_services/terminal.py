@@ -28,6 +28,7 @@ from shoal_services.tables import linearity_table
 
 if TYPE_CHECKING:
     from shoal_services.pretraining.results import PretrainResult
+    from shoal_services.tracking import Delivery
 
 LINE_EVERY_S = 30.0
 console = Console(stderr=True, highlight=False)
@@ -147,7 +148,7 @@ def follow_trials(trials: Path) -> Iterator[ProgressDisplay]:
         raise typer.Exit(130) from interrupt
 
 
-def tell_unsent(num_unsent: int, problem: str | None) -> None:
-    """Says how many records wait for a tracker that did not answer."""
-    if num_unsent:
-        console.print(f"{num_unsent} records wait for the tracker ({problem}); give the same command again when it is up")
+def tell_delivery(delivery: Delivery) -> None:
+    """Says which records have not reached the tracker, and what to do."""
+    for complaint in delivery.complaints():
+        console.print(complaint, markup=False)

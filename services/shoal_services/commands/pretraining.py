@@ -50,7 +50,7 @@ def pretrain(
 
 
 def _print_outcome(name: str, outcome, as_json: bool) -> None:
-    from shoal_services.terminal import console, output, tell_unsent
+    from shoal_services.terminal import console, output, tell_delivery
 
     finished = [result for result in outcome.results if result.status == "finished"]
     if as_json:
@@ -60,7 +60,7 @@ def _print_outcome(name: str, outcome, as_json: bool) -> None:
     for result in outcome.results:
         if result.status != "finished":
             console.print(f"run {result.key} {result.status}: {result.reason}")
-    tell_unsent(outcome.num_unsent, outcome.tracking_problem)
+    tell_delivery(outcome.delivery)
     console.print(f"page:     {outcome.folder / 'pretraining.html'}")
     console.print(f"runs:     mlflow ui --backend-store-uri {outcome.tracking_uri}")
     if not finished:

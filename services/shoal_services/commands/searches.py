@@ -45,7 +45,7 @@ def search(
 
 def _print_outcome(name: str, outcome, as_json: bool) -> None:
     from shoal_services.tables import frontier_table
-    from shoal_services.terminal import console, output, tell_unsent
+    from shoal_services.terminal import console, output, tell_delivery
 
     if as_json:
         print((outcome.folder / "frontier.json").read_text())
@@ -54,7 +54,7 @@ def _print_outcome(name: str, outcome, as_json: bool) -> None:
     for result in outcome.results:
         if result.status != "finished":
             console.print(f"trial {result.key} {result.status}: {result.reason}")
-    tell_unsent(outcome.num_unsent, outcome.tracking_problem)
+    tell_delivery(outcome.delivery)
     folder = outcome.folder
     console.print(f"frontier: {folder / 'frontier.html'}   linearity: {folder / 'linearity.html'}")
     if (folder / "curves.html").exists():
