@@ -18,6 +18,7 @@ from shoal_services.commands import (
     models,
     planning,
     pretraining,
+    promotion,
     quality,
     searches,
     serving,
@@ -41,7 +42,7 @@ for command in (
     models.profile, models.compress, evaluation.evaluate, searches.search, searches.frontier,
     quality.probe, quality.judge, quality.splice, finetuning.finetune, pretraining.pretrain,
     planning.plan, jobs.submit, jobs.jobs, jobs.logs, jobs.stop, machine.doctor,
-    serving.serve, serving.bench_serve,
+    serving.serve, serving.bench_serve, promotion.promote,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(serving.keys, name="keys")

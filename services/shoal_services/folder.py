@@ -24,6 +24,7 @@ from shoal.frontier import find_frontier
 from shoal.recipe import Point, Value
 
 from shoal_services.config import SearchConfig
+from shoal_services.registry import PROMOTED
 
 Status = Literal["finished", "collapsed", "stopped", "failed"]
 OUT_OF_MEMORY = "out of memory"
@@ -158,11 +159,11 @@ class RunFolder(TrialFolder[TrialResult]):
         return [result.point for result in self.read_results() if result.point]
 
     def drop_dominated_models(self) -> None:
-        """Deletes the weights of trials that are off the frontier; their numbers stay."""
+        """Deletes the weights of trials that are off the frontier, unless they were promoted; their numbers stay."""
         points = self.find_points()
         kept = {point.artefact for point in find_frontier(points)}
         for point in points:
-            if point.artefact and point.artefact not in kept:
+            if point.artefact and point.artefact not in kept and not (Path(point.artefact) / PROMOTED).exists():
                 shutil.rmtree(point.artefact, ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from shoal.recipe import Point
 
 # MLflow's own patience is minutes per call (7 retries of 120 s): the thread would hang on a dead server.
 CLIENT_ENVIRONMENT = {
@@ -23,6 +24,8 @@ CLIENT_ENVIRONMENT = {
 KEY_TAG, PLACE_TAG, HASH_TAG = "shoal.key", "shoal.place", "sha256"
 SEARCH_TAG, BASE_TAG = "shoal.search", "shoal.base_model"
 REGISTRY, HUB = "models:/", "hf://"
+# A file beside weights that were promoted.
+PROMOTED = "promoted.json"
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
@@ -141,3 +144,13 @@ def _make_source(client: MlflowClient, weights: Weights) -> str:
     if "://" in weights.place or not str(client.tracking_uri).startswith("http"):
         return weights.place
     return f"runs:/{weights.run_id}/model" if weights.run_id else f"shoal://{weights.place}"
+
+
+def describe_point(point: Point) -> dict[str, str]:
+    """What a version in the registry says of its weights."""
+    return {
+        BASE_TAG: point.recipe.base_model,
+        "kind": point.recipe.kind,
+        "weights": ", ".join(point.recipe.weight_changes),
+        "perplexity": f"{point.perplexity:.4f}",
+    }

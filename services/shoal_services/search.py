@@ -23,7 +23,7 @@ from shoal_services.events import SearchEvents
 from shoal_services.folder import RunFolder, TrialResult
 from shoal_services.linearity_page import write_linearity_page
 from shoal_services.preflight import clear_cluster
-from shoal_services.registry import BASE_TAG, HASH_TAG, SEARCH_TAG
+from shoal_services.registry import BASE_TAG, HASH_TAG, SEARCH_TAG, describe_point
 from shoal_services.report import write_frontier_page
 from shoal_services.tracking import Delivery, Tracker
 from shoal_services.trials import run_trials
@@ -115,10 +115,9 @@ def _publish(config: SearchConfig, folder: RunFolder, frontier: list[Point], eve
     about = {SEARCH_TAG: config.name, BASE_TAG: config.model}
 
     def register(key: str, source: str, tags: dict[str, str], aliases: list[str]) -> None:
-        tags = {BASE_TAG: config.model, **tags}
         tracker.register(f"shoal-{parent}", key, source=source, tags=tags, aliases=aliases, about=about)
 
-    register(parent, describe_source(config.model, config.revision), {"kind": "dense"}, ["dense"])
+    register(parent, describe_source(config.model, config.revision), {BASE_TAG: config.model, "kind": "dense"}, ["dense"])
     keys = {result.point.artefact: result.key for result in folder.read_results() if result.point}
     picks = name_picks(frontier)
     for point in frontier:
@@ -126,21 +125,11 @@ def _publish(config: SearchConfig, folder: RunFolder, frontier: list[Point], eve
         register(
             f"{parent}/{keys[point.artefact]}",
             point.artefact,
-            describe_point(point),
+            {**describe_point(point), HASH_TAG: point.artefact_sha256 or ""},
             [name for name, pick in picks.items() if pick is point],
         )
     tracker.end_orphans(parent)
     tracker.end_run(parent, "FINISHED")
-
-
-def describe_point(point: Point) -> dict[str, str]:
-    """What a version in the registry says of its weights."""
-    return {
-        "kind": point.recipe.kind,
-        "weights": ", ".join(point.recipe.weight_changes),
-        "perplexity": f"{point.perplexity:.4f}",
-        HASH_TAG: point.artefact_sha256 or "",
-    }
 
 
 def frontier_columns(frontier: list[Point]) -> dict[str, list]:
