@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -321,6 +322,30 @@ def test_a_run_that_somebody_deletes_is_made_anew_for_what_comes(folder):
     tracker.end_run("mine", "FINISHED")
     assert tracker.close() == 0 and not tracker.delivery.complaints()
     assert runs_of(client)["mine"].data.metrics == {"loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("go_wrong", "status", "reason"),
+    [
+        (lambda: [][0], "FAILED", "IndexError: list index out of range"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5), "KILLED", None),
+        (lambda: sys.exit(3), "KILLED", None),
+    ],
+    ids=["an error", "SIGTERM", "exit"],
+)
+def test_nothing_is_left_running_whatever_goes_wrong(folder, go_wrong, status, reason):
+    from dummy_trials import DummyEvents, DummyFolder, DummySweep
+
+    tracker = open_tracker(folder)
+    events = DummyEvents(DummySweep(folder, 1, 1, 0.0), DummyFolder(folder), tracker, on_end=lambda _: None)
+    with pytest.raises(BaseException) as caught, events.running():
+        tracker.start_run(events.run_key("a"), "a", parent=events.parent)
+        go_wrong()
+    assert isinstance(caught.value, (IndexError, KeyboardInterrupt, SystemExit))
+    runs = runs_of(client_of(folder))
+    parent = runs.pop(events.parent)
+    assert (parent.info.status, parent.data.tags.get("reason")) == (status, reason)
+    assert [run.info.status for run in runs.values()] == ["KILLED"]
 
 
 def test_a_damaged_line_is_passed_over(folder):

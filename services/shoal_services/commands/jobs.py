@@ -53,9 +53,10 @@ def submit(
     loaded = load_config(config).run_with(storage=storage, tracking_uri=tracking_uri)
 
     from shoal_services.jobs import connect_jobs
-    from shoal_services.submit import require_portable, submit_search
+    from shoal_services.portable import require_portable
+    from shoal_services.submit import submit_search
 
-    require_portable(loaded)
+    require_portable(loaded, config.read_text(encoding="utf-8"))
     client = connect_jobs(address)
     job_id = submit_search(client, config, loaded)
     typer.echo(f"job {job_id} on {address}", err=True)
