@@ -17,8 +17,12 @@ import mlflow
 import psutil
 import pytest
 from mlflow.entities import Run
-from shoal_services.registry import KEY_TAG, PLACE_TAG, ping
+from safetensors.torch import save_file
+from shoal.store import hash_folder
+from shoal_services.promote import promote
+from shoal_services.registry import HASH_TAG, KEY_TAG, PLACE_TAG, find_registered, ping
 from shoal_services.tracking import Tracker
+from torch import tensor
 
 MODEL = "shoal-tiny"
 
@@ -418,7 +422,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         try:
@@ -454,3 +458,14 @@ def test_a_server_takes_a_changed_param_as_sqlite_does(server, tmp_path):
     assert tracker.close() == 0
     run = runs_of(mlflow.MlflowClient(server))["changed"]
     assert (run.data.params["model"], run.data.tags["model"], run.info.status) == ("tiny", "another", "FINISHED")
+
+
+@pytest.mark.slow
+def test_a_server_takes_a_folder_that_no_search_registered(server, tmp_path):
+    place = tmp_path / "model"
+    place.mkdir()
+    save_file({"weight": tensor([1.0])}, place / "model.safetensors")
+    for _ in range(2):
+        done = promote(str(place), "served@live", server)
+        assert (done.now.version, done.now.tags[HASH_TAG], done.is_checked) == ("1", hash_folder(place), False)
+    assert find_registered("models:/served@live", server) == str(place)

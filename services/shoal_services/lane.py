@@ -27,7 +27,6 @@ class Lane:
     def __init__(self, name: str, spool: Spool, connect: Callable[[], Sender], *, after: Lane | None = None):
         self.name, self.spool, self.after = name, spool, after
         self.position = spool.read_position(name)
-        spool.write_position(name, self.position)  # from now on this lane's own
         self.wake, self.closing, self.given_up = Event(), Event(), Event()
         self._connect, self._failures = connect, 0
         self._sender: Sender | None = None
