@@ -215,3 +215,13 @@ def make_point(num_parameters: int, perplexity: float, *, artefact: Path | None 
         dense_speed=Speed(prefill_tokens_per_s=100, decode_tokens_per_s=20),
         artefact=str(artefact) if artefact else None,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without a run: making its tables takes seconds."""
+    import mlflow
+
+    file = tmp_path_factory.mktemp("database") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from mlflow.entities import Run
 from shoal_services.folder import RunFolder
-from shoal_services.tracking import KEY_TAG
+from shoal_services.registry import KEY_TAG
 
 SHOAL = Path(sys.executable).with_name("shoal")
 SMOKE = Path(__file__).parents[1] / "tune_configs" / "smoke.yaml"

@@ -27,6 +27,7 @@ from mlflow.entities import Run
 from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Recipe
 from shoal.store import save
+from shoal_services.promote import promote
 from shoal_services.registry import find_registered
 from shoal_services.serving.deploy import Endpoint
 from shoal_services.serving.guard import Key, KeyRing, add_key
@@ -269,7 +270,7 @@ ROUTED = {"model": "tiny", "prompt": "a", "max_tokens": 1}
 
 def find_runs(endpoint: Endpoint, **params: str) -> list[Run]:
     """What MLflow has of these variants of routes, or shadows."""
-    if not (endpoint.settings.results / "tracking.position").exists():
+    if not (endpoint.settings.results / "tracking.runs.position").exists():
         return []  # two processes that make the same database get in each other's way
     client = mlflow.MlflowClient(f"sqlite:///{endpoint.settings.results / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(endpoint.settings.experiment)
@@ -457,9 +458,8 @@ def test_moving_an_alias_in_the_registry_moves_the_endpoint(endpoint: Endpoint, 
     variants = before.variants | {"balanced": named}
     endpoint.reconcile(before.model_copy(update={"variants": variants, "tracking_uri": uri}))
     assert endpoint.served["balanced"].place == folders[1]
-    client = mlflow.MlflowClient(uri)
-    version = client.get_model_version_by_alias("tiny", "dense").version
-    client.set_registered_model_alias("tiny", "balanced", version)
+    done = promote("models:/tiny@dense", "tiny@balanced", uri)
+    assert (done.before.source, done.now.source) == (folders[1], folders[0])
     assert endpoint.reconcile() == [f"balanced is now {folders[0]}"]
     assert send(endpoint, "balanced", 2) == [200] * 2
     with pytest.raises(ValueError, match="registry has no 'models:/tiny@gone'"):

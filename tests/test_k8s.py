@@ -405,7 +405,7 @@ MISTAKES: list[tuple[str, Callable[[Objects], object], str, str]] = [
             {"name": "URI", "value": "postgresql://mlflow:hunter2@postgres/mlflow"}
         ),
         "secrets",
-        "a password stands in",
+        "a password or token stands in 'postgresql://***@postgres'",
     ),
     (
         "a Secret in the manifests",
@@ -615,6 +615,57 @@ def test_a_name_that_is_too_long_is_said(tmp_path: Path):
     file.write_text((ROOT / "tune_configs" / "demo.yaml").read_text().replace("name: demo", f"name: {'Long_' * 9}"))
     with pytest.raises(ValueError, match="too long for a RayJob"):
         render_search(load_config(file), file.read_text(), Place())
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "said"),
+    [
+        ({"model": "./mine"}, {}, "model: './mine' is not below /mnt/shoal"),
+        ({"model": "/data/mine"}, {}, "put it there (/mnt/shoal/mine) and give that path, or give a Hub id"),
+        ({"model": "/mnt/shoal/../data/mine"}, {}, "is not below /mnt/shoal"),
+        ({"model": "mine.gguf"}, {}, "model: 'mine.gguf'"),
+        ({"texts": {"train": "corpus.jsonl"}}, {}, "texts: 'corpus.jsonl' is not below /mnt/shoal"),
+        ({"texts": {"evaluation": ["wikipedia-sample", "/data/held-out.txt"]}}, {}, "texts: '/data/held-out.txt'"),
+        ({"tasks": {"names": ["/data/task.jsonl"]}}, {}, "tasks: '/data/task.jsonl'"),
+        ({"run": {"storage": "/mnt/shared"}}, {}, "run.storage '/mnt/shared' is not below /mnt/shoal"),
+        (
+            {"run": {"tracking_uri": "https://me:pw12@mlflow"}},
+            {},
+            "tracking_uri holds a password or token (https://***@mlflow)",
+        ),
+        (
+            {"run": {"tracking_uri": "https://me:pw12@mlflow"}},
+            {"tracking_uri": "http://mlflow:5000"},
+            "the search's file holds",
+        ),
+        ({}, {"tracking_uri": "https://me:pw12@mlflow"}, "from the Secret shoal-mlflow"),
+        ({}, {"tracking_uri": "http://localhost:5000"}, "in a pod localhost is the pod"),
+        ({}, {"tracking_uri": "sqlite:///mlflow.db"}, "is a file that pods do not see"),
+        ({}, {"memory": "8GB"}, "--memory '8GB' is no amount in Kubernetes; say it as 8Gi"),
+        ({}, {"claim": "My_Claim"}, "--claim 'My_Claim' is no name in Kubernetes"),
+    ],
+)
+def test_what_pods_would_not_find_or_all_would_read_is_not_rendered(tmp_path: Path, changes: Any, place: Any, said: str):
+    data = yaml.safe_load((ROOT / "tune_configs" / "demo.yaml").read_text())
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        yaml.safe_dump(data | {key: {**data.get(key, {}), **v} if isinstance(v, dict) else v for key, v in changes.items()})
+    )
+    with pytest.raises(ValueError) as caught:
+        render_search(load_config(file), file.read_text(), Place(**place))
+    assert said in str(caught.value) and "pw12" not in str(caught.value)
+
+
+def test_what_is_on_the_shared_storage_is_rendered(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "name: mine\nmodel: /mnt/shoal/models/mine\n"
+        "texts: {train: /mnt/shoal/a.jsonl, evaluation: Salesforce/wikitext:w@test}\n"
+        "space: {num_replaced: 2, kind: folded, distillation_tokens: 0, learning_rate: 0.001}\n"
+        "run: {storage: /mnt/shoal/mine, tracking_uri: 'http://tracker:80'}\n"
+    )
+    job = render_search(load_config(file), file.read_text(), Place())[1]
+    assert job["spec"]["entrypoint"].endswith("--storage /mnt/shoal/mine --tracking-uri http://tracker:80")
 
 
 # What a user sees

@@ -173,7 +173,7 @@ def test_a_sweep_on_the_cluster_and_the_same_once_more(ray_cluster, tmp_path):
     folder, heard = PretrainFolder(config.folder), Listening()
     outcome = sweep(config, folder, heard)
     assert [result.status for result in outcome.results] == ["finished"] * 2 == [r.status for r in heard.results]
-    assert outcome.num_unsent == 0
+    assert outcome.delivery.complaints() == []
     told = json.loads((folder.root / "pretraining.json").read_text())
     assert [(row["kind"], row["weight"]) for row in told["summary"]] == [("none", 0), ("cosine", 0.5)]
     for result in outcome.results:

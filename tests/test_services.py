@@ -14,7 +14,8 @@ import psutil
 import pytest
 from searches import assert_whole, write_search
 from shoal.store import hash_folder
-from shoal_services.registry import PLACE_TAG, find_registered, ping
+from shoal_services.promote import promote
+from shoal_services.registry import BASE_TAG, PLACE_TAG, SEARCH_TAG, find_registered, ping
 
 from services import USER, Services, find_postgres
 
@@ -125,10 +126,14 @@ def test_a_search_with_a_wrong_password_finishes_and_is_sent_later(services, pas
 
     picks = json.loads((search.folder.root / "frontier.json").read_text())["picks"]
     assert picks
+    (model,) = client.search_registered_models(f"tags.`{SEARCH_TAG}` = 'smoke'")
+    assert model.tags[BASE_TAG] == "tiny-random"
     for alias, artefact in picks.items():
-        version = client.get_model_version_by_alias("shoal-tiny-random", alias)
+        version = client.get_model_version_by_alias(model.name, alias)
         place = search.folder.root / artefact
-        assert version.tags[PLACE_TAG] == str(place) == find_registered(f"models:/shoal-tiny-random@{alias}", uri)
+        assert version.tags[PLACE_TAG] == str(place) == find_registered(f"models:/{model.name}@{alias}", uri)
+        assert promote(f"smoke@{alias}", "served", uri).now.tags[PLACE_TAG] == str(place)
+        assert promote(str(place), f"served@{alias}-2", uri).is_checked
         assert version.tags["sha256"] == hash_folder(place)
 
 

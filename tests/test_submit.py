@@ -21,7 +21,7 @@ from ray.job_submission import JobSubmissionClient
 from shoal_services.cli import main
 from shoal_services.config import SearchConfig, Tasks, load_config
 from shoal_services.jobs import FOLDER_TAG, NAME_TAG, connect_jobs, follow_log
-from shoal_services.submit import MAX_TEXT_BYTES, require_portable
+from shoal_services.portable import MAX_TEXT_BYTES, find_secrets, require_portable
 
 SHOAL = Path(sys.executable).with_name("shoal")
 
@@ -47,6 +47,11 @@ def smoke(root) -> SearchConfig:
     return load_config(root / "tune_configs" / "smoke.yaml").run_with(storage=Path("/mnt/shared"))
 
 
+def check(config: SearchConfig, text: str | None = None) -> list[Path]:
+    """The text files that would travel with the search that a file says."""
+    return require_portable(config, text or yaml.safe_dump(config.model_dump(mode="json", exclude={"run"})))
+
+
 def with_texts(config: SearchConfig, *train: str) -> SearchConfig:
     return config.model_copy(update={"texts": config.texts.model_copy(update={"train": train})})
 
@@ -57,8 +62,8 @@ def test_small_texts_of_this_folder_travel(smoke, tmp_path, monkeypatch):
     for name in ("a.txt", "data/b.jsonl"):
         (tmp_path / name).write_text("x" * 1000)
     config = with_texts(smoke, "a.txt", "data/b.jsonl", "/mnt/shared/c.parquet", "Salesforce/wikitext:w@train", "a.txt")
-    assert require_portable(config) == [Path("a.txt"), Path("data/b.jsonl")]
-    assert require_portable(smoke) == []
+    assert check(config) == [Path("a.txt"), Path("data/b.jsonl")]
+    assert check(smoke) == []
 
 
 @pytest.mark.parametrize(
@@ -67,12 +72,44 @@ def test_small_texts_of_this_folder_travel(smoke, tmp_path, monkeypatch):
         ({"storage": Path("shoal-runs")}, "run.storage 'shoal-runs' is relative"),
         ({"storage": Path("~/runs")}, "--storage /mnt/shared/shoal-runs"),
         ({"tracking_uri": "https://me:secret@mlflow"}, "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        ({"tracking_uri": "sqlite:///runs.db"}, "'sqlite:///runs.db' is a file of this machine"),
     ],
 )
 def test_what_means_this_machine_alone_does_not_travel(smoke, changes, said):
     with pytest.raises(ValueError) as caught:
-        require_portable(smoke.run_with(**changes))
+        check(smoke.run_with(**changes))
     assert said in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("run: {tracking_uri: 'https://me:secret@mlflow.team:5000/x'}", "https://***@mlflow.team:5000"),
+        ("# was postgresql://mlflow:secret@db/mlflow", "postgresql://***@db"),
+        ("texts: {train: 'https://host/a.jsonl?X-Amz-Signature=secret&b=1'}", "?X-Amz-Signature=***"),
+        ("texts: {train: 'https://host/a.jsonl?sv=1&sig=secret'}", "&sig=***"),
+        ("# HF_TOKEN=hf_secretsecretsecretsecret", "***"),
+        ("run: {tracking_uri: 'https://secret@mlflow'}", "https://***@mlflow"),
+    ],
+)
+def test_passwords_do_not_travel_wherever_they_stand(smoke, line, shown):
+    with pytest.raises(ValueError) as caught:
+        check(smoke, f"model: tiny-random\n{line}\n")
+    assert f"the search's file holds a password or token ({shown})" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_what_is_no_password_travels(root):
+    for file in (root / "tune_configs").glob("*.yaml"):
+        assert find_secrets(file.read_text()) == []
+    for text in (
+        "http://mlflow:5000",
+        "models:/shoal-x@best",
+        "hf://org/name@main",
+        "postgresql://u:$(PASSWORD)@db",
+        "a@b.org",
+    ):
+        assert find_secrets(text) == []
 
 
 def test_texts_and_models_that_do_not_travel(smoke, tmp_path, monkeypatch):
@@ -87,11 +124,12 @@ def test_texts_and_models_that_do_not_travel(smoke, tmp_path, monkeypatch):
         ("below/../big.txt", r"lies outside this folder"),
     ):
         with pytest.raises(ValueError, match=said):
-            require_portable(with_texts(smoke, text))
+            check(with_texts(smoke, text))
     with pytest.raises(ValueError, match=r"model 'mine' is a folder or file of this machine"):
-        require_portable(smoke.model_copy(update={"model": "mine"}))
-    with pytest.raises(ValueError, match=r"task 'mine' is a folder or file of this machine"):
-        require_portable(smoke.model_copy(update={"tasks": Tasks(names=("arc_easy", "mine"))}))
+        check(smoke.model_copy(update={"model": "mine"}))
+    (tmp_path / "task.jsonl").touch()
+    with pytest.raises(ValueError, match=r"tasks 'task.jsonl' is a folder or file of this machine"):
+        check(smoke, "model: tiny-random\ntasks: {names: [arc_easy, task.jsonl]}")
 
 
 def test_a_file_is_checked_before_anybody_is_asked(shoal, root, tmp_path):

@@ -19,6 +19,7 @@ from shoal_services.commands import (
     models,
     planning,
     pretraining,
+    promotion,
     quality,
     searches,
     serving,
@@ -46,7 +47,7 @@ for command in (
     models.profile, models.compress, evaluation.evaluate, searches.search, searches.frontier,
     quality.probe, quality.judge, quality.splice, finetuning.finetune, pretraining.pretrain,
     planning.plan, jobs.submit, jobs.jobs, jobs.logs, jobs.stop, machine.doctor,
-    serving.serve, serving.bench_serve,
+    serving.serve, serving.bench_serve, promotion.promote,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(serving.keys, name="keys")

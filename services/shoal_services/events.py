@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import ray.tune
-from shoal.recipe import Point, fingerprint
+from shoal.recipe import Point
 
 from shoal_services.faults import raise_storage_error
 from shoal_services.folder import TrialEnd, TrialFolder, TrialResult
@@ -17,11 +20,6 @@ from shoal_services.space import read_assignment
 from shoal_services.tracking import Tracker
 
 RUN_STATUS = {"finished": "FINISHED", "collapsed": "FAILED", "failed": "FAILED", "stopped": "KILLED"}
-
-
-def search_key(config: Trials) -> str:
-    """The parent run's key: the same whenever the same search is started."""
-    return f"{config.name}-{fingerprint(str(config.folder))}"
 
 
 class Trials(Protocol):
@@ -48,18 +46,27 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
 
     def __init__(self, config: Trials, folder: TrialFolder[E], tracker: Tracker, *, on_end: Callable[[E], None]):
         self.config, self.folder, self.tracker, self.on_end = config, folder, tracker, on_end
-        self.parent = search_key(config)
+        # The same whenever the same search is started.
+        self.parent = f"{config.name}-{tracker.identity}"
         self.ending: BaseException | None = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside, the parent run counts as running; Ctrl-C ends it, and its children, as killed. Then all is sent."""
+        """Inside, the parent run counts as running; what goes wrong ends it, and its children. Then all is sent.
+
+        Ctrl-C and SIGTERM end it as killed, anything else as failed, with the error as its tag `reason`.
+        """
         self.tracker.start_run(self.parent, name=self.config.name, params=flatten(self.config.science))
         try:
-            yield
-        except KeyboardInterrupt:
-            self.tracker.end_orphans(self.parent)
-            self.tracker.end_run(self.parent, "KILLED")
+            with interruptible():
+                yield
+        except BaseException as error:
+            is_asked = isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+            with contextlib.suppress(OSError):  # no room for a record: the error itself is what must be told
+                if not is_asked:
+                    self.tracker.log_tags(self.parent, {"reason": f"{type(error).__name__}: {error}"})
+                self.tracker.end_orphans(self.parent)
+                self.tracker.end_run(self.parent, "KILLED" if is_asked else "FAILED")
             raise
         finally:
             self.tracker.close()
@@ -131,9 +138,9 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
 
     def record_missed(self) -> None:
         """Records results whose end was never told, because the search was killed in between."""
-        ended = self.tracker.ended_runs()
+        ended = self.tracker.find_ended()
         for result in self.folder.read_results():
-            if self.run_key(result.key) not in ended:
+            if not ended.get(self.run_key(result.key)):
                 self._start(result.key, result.assignment)
                 self.record_end(result)
 
@@ -150,6 +157,18 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
     def _identify(self, trial: Any) -> tuple[str, dict[str, Any]]:
         assignment = read_assignment(trial.config)
         return self.config.trial_key(assignment), assignment
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def flatten(value: dict, prefix: str = "") -> dict[str, object]:

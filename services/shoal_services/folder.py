@@ -27,6 +27,7 @@ from shoal.frontier import find_frontier
 from shoal.recipe import Point, Value
 
 from shoal_services.config import SearchConfig
+from shoal_services.registry import PROMOTED
 
 Status = Literal["finished", "collapsed", "stopped", "failed"]
 OUT_OF_MEMORY = "out of memory"
@@ -200,12 +201,13 @@ class RunFolder(TrialFolder[TrialResult]):
         write_text(self.trial(key) / "registered", f"{model}\n")
 
     def drop_dominated_models(self) -> None:
-        """Deletes the weights of trials that are off the frontier and in no registry; their numbers stay."""
+        """Deletes the weights of trials that are off the frontier, in no registry and not promoted; their numbers stay."""
         finished, root = self._read_finished(), self.root.resolve()
         kept = {point.artefact for point in find_frontier([result.point for result in finished if result.point])}
         for result in finished:
             model = self.model(result.key)
-            is_named = str(model.absolute()) in kept or (self.trial(result.key) / "registered").exists()
+            marks = (self.trial(result.key) / "registered", model / PROMOTED)
+            is_named = str(model.absolute()) in kept or any(mark.exists() for mark in marks)
             if not is_named and model.resolve().is_relative_to(root):  # a link may lead to another search's models
                 shutil.rmtree(model, ignore_errors=True)
 

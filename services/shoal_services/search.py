@@ -20,27 +20,27 @@ from shoal_services.calibrate import prepare_search
 from shoal_services.cluster import connect
 from shoal_services.config import SearchConfig
 from shoal_services.curves_page import write_curves_page
-from shoal_services.events import SearchEvents, search_key
+from shoal_services.events import SearchEvents
 from shoal_services.folder import RunFolder, TrialResult
 from shoal_services.linearity_page import write_linearity_page
 from shoal_services.lock import hold
 from shoal_services.preflight import check_writable, clear_cluster
+from shoal_services.registry import BASE_TAG, HASH_TAG, SEARCH_TAG, describe_point
 from shoal_services.report import write_frontier_page
-from shoal_services.tracking import Tracker
+from shoal_services.tracking import Delivery, Tracker
 from shoal_services.trials import run_trials
 from shoal_services.tuning import Audience
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search came to. `num_unsent` records wait in the folder for a tracker that did not answer."""
+    """What a search came to."""
 
     folder: Path
     results: list[TrialResult]
     frontier: list[Point]
     tracking_uri: str
-    num_unsent: int
-    tracking_problem: str | None
+    delivery: Delivery
 
     def explain_failure(self) -> str:
         """Why there is no frontier: what ended the first trial that ended."""
@@ -93,8 +93,8 @@ def _search(config: SearchConfig, folder: RunFolder, audience: SearchAudience, n
         results = run_trials(config, folder, concurrent, events, audience)
         events.record_missed()
         frontier = write_frontier(config, folder)
-        _publish(config, folder, frontier, tracker)
-    return Outcome(folder.root, results, frontier, tracker.uri, tracker.num_unsent, tracker.problem)
+        _publish(config, folder, frontier, events)
+    return Outcome(folder.root, results, frontier, tracker.uri, tracker.delivery)
 
 
 def _after_trial(config: SearchConfig, folder: RunFolder, result: TrialResult, audience: SearchAudience) -> None:
@@ -128,34 +128,30 @@ def describe_frontier(frontier: list[Point]) -> dict[str, Any]:
     return {"picks": picks, "frontier": [json.loads(point.model_dump_json()) for point in frontier]}
 
 
-def _publish(config: SearchConfig, folder: RunFolder, frontier: list[Point], tracker: Tracker) -> None:
-    """The search's own run, and the frontier's models in the registry."""
-    parent = search_key(config)
+def _publish(config: SearchConfig, folder: RunFolder, frontier: list[Point], events: SearchEvents) -> None:
+    """The search's own run, and the frontier's models in the registry: under the search's own name, whatever is served."""
+    parent, tracker = events.parent, events.tracker
     names = ("config.json", "frontier.json", "frontier.html", "curves.html", "linearity.json", "linearity.html")
     for file in filter(Path.exists, (folder.root / name for name in names)):
         tracker.log_artifact(parent, file)
     tracker.log_table(parent, frontier_columns(frontier), "frontier-table.json")
     tracker.log_metrics(parent, {"num_trials": len(folder.read_results()), "num_frontier": len(frontier)})
-    model_name = f"shoal-{Path(config.model).name}"
-    tracker.register(
-        model_name, parent, source=describe_source(config.model, config.revision), tags={"kind": "dense"}, aliases=["dense"]
-    )
+    model, about = f"shoal-{parent}", {SEARCH_TAG: config.name, BASE_TAG: config.model}
+
+    def register(key: str, source: str, tags: dict[str, str], aliases: list[str]) -> None:
+        tracker.register(model, key, source=source, tags=tags, aliases=aliases, about=about)
+
+    register(parent, describe_source(config.model, config.revision), {BASE_TAG: config.model, "kind": "dense"}, ["dense"])
     keys = {result.point.artefact: result.key for result in folder.read_results() if result.point}
     picks = name_picks(frontier)
     for point in frontier:
         assert point.artefact is not None
-        folder.mark_registered(keys[point.artefact], model_name)
-        tracker.register(
-            model_name,
+        folder.mark_registered(keys[point.artefact], model)
+        register(
             f"{parent}/{keys[point.artefact]}",
-            source=point.artefact,
-            tags={
-                "kind": point.recipe.kind,
-                "weights": ", ".join(point.recipe.weight_changes),
-                "perplexity": f"{point.perplexity:.4f}",
-                "sha256": point.artefact_sha256 or "",
-            },
-            aliases=[name for name, pick in picks.items() if pick is point],
+            point.artefact,
+            {**describe_point(point), HASH_TAG: point.artefact_sha256 or ""},
+            [name for name, pick in picks.items() if pick is point],
         )
     tracker.end_orphans(parent)
     tracker.end_run(parent, "FINISHED" if frontier else "FAILED")

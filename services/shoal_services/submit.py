@@ -10,15 +10,14 @@ import shlex
 import shutil
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from ray.job_submission import JobSubmissionClient
-from shoal.recipe import fingerprint, text_format
+from shoal.recipe import fingerprint
 
 from shoal_services.config import SearchConfig
 from shoal_services.jobs import FOLDER_TAG, NAME_TAG, list_details
+from shoal_services.portable import require_portable
 
-MAX_TEXT_BYTES = 16 * 2**20
 SEARCH_TAG, CONFIG_TAG = "shoal.search", "shoal.config_sha256"
 # Stopped like Ctrl-C: trials end, and their MLflow runs with them. Ray kills what is left after the wait.
 JOB_ENVIRONMENT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60", "COLUMNS": "120"}
@@ -29,7 +28,7 @@ def submit_search(client: JobSubmissionClient, file: Path, config: SearchConfig)
 
     Raises ValueError for what would not run there, and for a search that is running already.
     """
-    texts = require_portable(config)
+    texts = require_portable(config, file.read_text(encoding="utf-8"))
     key = f"{config.name}-{fingerprint(str(config.run.storage / config.name))[:8]}"
     earlier = [details for details in list_details(client) if (details.metadata or {}).get(SEARCH_TAG) == key]
     for details in earlier:
@@ -60,54 +59,6 @@ def submit_search(client: JobSubmissionClient, file: Path, config: SearchConfig)
                     "help, look whether its port 52365 (--dashboard-agent-listen-port) is taken"
                 ) from error
             raise
-
-
-def require_portable(config: SearchConfig) -> list[Path]:
-    """The text files that travel with a search.
-
-    Raises ValueError for paths that mean this machine alone, and for passwords that the job's page would show.
-    """
-    storage = config.run.storage
-    if not storage.is_absolute():
-        raise ValueError(
-            f"run.storage {str(storage)!r} is relative, and a cluster has no folder of yours to begin from; give the "
-            "absolute path of a folder that all its nodes share (NFS, a mounted bucket): --storage /mnt/shared/shoal-runs"
-        )
-    for what, place, otherwise in [
-        ("model", config.model, "a Hub id"),
-        *(("task", name, "the name of one that lm-eval brings") for name in (config.tasks.names if config.tasks else ())),
-    ]:
-        if not Path(place).is_absolute() and (Path(place).exists() or place.startswith((".", "~"))):
-            raise ValueError(
-                f"{what} {place!r} is a folder or file of this machine; put it where all nodes of the cluster see it and "
-                f"give its absolute path, or give {otherwise}"
-            )
-    if urlsplit(config.run.tracking_uri or "").password:
-        raise ValueError(
-            "run.tracking_uri holds a password, which everyone who sees the job would read; "
-            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster"
-        )
-    return _list_relative_texts(config)
-
-
-def _list_relative_texts(config: SearchConfig) -> list[Path]:
-    """Raises ValueError for those that are not here, not below this folder, or too large."""
-    named = {Path(source) for source in (*config.texts.train, *config.texts.evaluation)}
-    texts = sorted(path for path in named if text_format(str(path)) and not path.is_absolute())
-    for path in texts:
-        if not path.is_file():
-            raise ValueError(f"text file {str(path)!r} does not exist; check the path")
-        if ".." in path.parts:
-            raise ValueError(
-                f"text {str(path)!r} lies outside this folder; put it below, or on storage that all nodes share"
-            )
-    size = sum(path.stat().st_size for path in texts)
-    if size > MAX_TEXT_BYTES:
-        raise ValueError(
-            f"the search's text files {', '.join(map(repr, map(str, texts)))} have {size / 2**20:.0f} MiB, and a job "
-            f"carries {MAX_TEXT_BYTES >> 20} MiB at most; put them on storage that all nodes share and give absolute paths"
-        )
-    return texts
 
 
 def _write_entrypoint(file_name: str, config: SearchConfig) -> str:

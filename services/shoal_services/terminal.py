@@ -30,6 +30,7 @@ from shoal_services.tables import linearity_table
 
 if TYPE_CHECKING:
     from shoal_services.pretraining.results import PretrainResult
+    from shoal_services.tracking import Delivery
 
 LINE_EVERY_S = 30.0
 # What a line of the display takes beside its bar, its label and its note.
@@ -158,10 +159,10 @@ def follow_trials(trials: Path) -> Iterator[ProgressDisplay]:
         raise typer.Exit(interrupt.exit_code if isinstance(interrupt, Interrupted) else 130) from interrupt
 
 
-def tell_unsent(num_unsent: int, problem: str | None) -> None:
-    """Says how many records wait for a tracker that did not answer."""
-    if num_unsent:
-        say(f"{num_unsent} records wait for the tracker ({problem}); give the same command again when it is up")
+def tell_delivery(delivery: Delivery) -> None:
+    """Says which records have not reached the tracker, and what to do."""
+    for complaint in delivery.complaints():
+        say(complaint)
 
 
 def tell_runs(tracking_uri: str) -> None:

@@ -101,7 +101,7 @@ def tune_trials(
     Raises KeyboardInterrupt after a clean stop, OSError if the storage fails.
     """
     _quieten()
-    root = Path(job["root"])
+    job, root = _without_tracker(job), Path(job["root"])
     shutil.rmtree(root / "tune", ignore_errors=True)  # of an earlier start: nothing there is needed
     tuner = ray.tune.Tuner(
         # A driver waits more than it works: all CPUs are for Train's workers, which would starve otherwise.
@@ -115,6 +115,15 @@ def tune_trials(
     )  # fmt: skip
     with interrupt_for_sure(events):
         tuner.fit()
+
+
+def _without_tracker(job: dict[str, Any]) -> dict[str, Any]:
+    """The job without the tracker's address: it may hold a password, Ray shows settings, and no worker needs it."""
+    match job:
+        case {"config": {"run": dict(run)}}:
+            run = {name: value for name, value in run.items() if name != "tracking_uri"}
+            return {**job, "config": {**job["config"], "run": run}}
+    return job
 
 
 def train_on_workers(

@@ -105,14 +105,14 @@ def finetune(
     )  # fmt: skip
     from shoal_services.console import say, show
     from shoal_services.finetuning.sweep import run_finetuning
-    from shoal_services.terminal import follow_trials, tell_runs, tell_unsent
+    from shoal_services.terminal import follow_trials, tell_delivery, tell_runs
 
     with follow_trials(config.folder / "trials") as display:
         outcome = run_finetuning(config, display, num_cpus=num_cpus)
     for result in outcome.results:
         if result.status != "finished":
             say(f"{result.key} {result.status}: {result.reason}")
-    tell_unsent(outcome.num_unsent, outcome.tracking_problem)
+    tell_delivery(outcome.delivery)
     if outcome.finetuned is None:
         raise typer.Exit(1)
     if as_json:

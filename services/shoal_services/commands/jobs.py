@@ -54,9 +54,10 @@ def submit(
 
     from shoal_services.console import say
     from shoal_services.jobs import connect_jobs
-    from shoal_services.submit import require_portable, submit_search
+    from shoal_services.portable import require_portable
+    from shoal_services.submit import submit_search
 
-    require_portable(loaded)
+    require_portable(loaded, config.read_text(encoding="utf-8"))
     client = connect_jobs(address)
     job_id = submit_search(client, config, loaded)
     say(f"job {job_id} on {address}")

@@ -21,7 +21,9 @@ def render(
     namespace: Annotated[str, typer.Option(help="Namespace to run in.")] = "shoal",
     image: Annotated[str | None, typer.Option(help="Image; by default shoal, tagged with Ray's version.")] = None,
     claim: Annotated[str, typer.Option(help="PersistentVolumeClaim that all pods share.")] = "shoal-storage",
-    tracking_uri: Annotated[str, typer.Option(help="MLflow server, as pods reach it.")] = "http://mlflow:5000",
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server, as pods reach it; by default the file's, or http://mlflow:5000.")
+    ] = None,
     queue: Annotated[str, typer.Option(help="Kueue's queue; '' for none.")] = "shoal",
     memory: Annotated[str, typer.Option(help="Memory of a worker pod.")] = "8Gi",
     scratch: Annotated[str, typer.Option(help="Disk of a pod for /tmp; run.streamed needs room for the model.")] = "20Gi",
@@ -31,7 +33,8 @@ def render(
 ) -> None:
     """Print the RayJob for one search: a Ray cluster of the size that `run` asks for, gone when the search ends.
 
-    Apply it again after a failure or a change of `run`: the search goes on where it stopped.
+    Apply it again after a failure or a change of `run`: the search goes on where it stopped. What pods would not find
+    (files that are not below /mnt/shoal) and passwords are refused: those come from Secrets.
 
     Examples:
 

@@ -51,7 +51,7 @@ def pretrain(
 
 def _print_outcome(name: str, outcome, as_json: bool) -> None:
     from shoal_services.console import quote, say, show
-    from shoal_services.terminal import tell_runs, tell_unsent
+    from shoal_services.terminal import tell_delivery, tell_runs
 
     finished = [result for result in outcome.results if result.status == "finished"]
     if as_json:
@@ -61,7 +61,7 @@ def _print_outcome(name: str, outcome, as_json: bool) -> None:
     for result in outcome.results:
         if result.status != "finished":
             say(f"run {result.key} {result.status}: {result.reason}")
-    tell_unsent(outcome.num_unsent, outcome.tracking_problem)
+    tell_delivery(outcome.delivery)
     say(f"page:      {outcome.folder / 'pretraining.html'}")
     tell_runs(outcome.tracking_uri)
     if not finished:

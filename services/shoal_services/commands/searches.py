@@ -47,7 +47,7 @@ def _print_outcome(name: str, outcome, as_json: bool) -> None:
     from shoal_services.console import quote, say, show
     from shoal_services.search import describe_frontier
     from shoal_services.tables import frontier_table
-    from shoal_services.terminal import tell_runs, tell_unsent
+    from shoal_services.terminal import tell_delivery, tell_runs
 
     if as_json:
         print(json.dumps(describe_frontier(outcome.frontier), indent=2))
@@ -56,7 +56,7 @@ def _print_outcome(name: str, outcome, as_json: bool) -> None:
     for result in outcome.results:
         if result.status != "finished":
             say(f"trial {result.key} {result.status}: {result.reason}")
-    tell_unsent(outcome.num_unsent, outcome.tracking_problem)
+    tell_delivery(outcome.delivery)
     folder = outcome.folder
     if not outcome.frontier:
         raise RuntimeError(outcome.explain_failure())

@@ -33,7 +33,7 @@ def serve(
 
         shoal serve shoal-runs/demo
 
-        shoal serve models:/shoal-smollm2-135m@dense models:/shoal-smollm2-135m@balanced --tracking-uri http://mlflow:5000
+        shoal serve smollm2-135m models:/shoal-smollm2-135m@balanced --tracking-uri http://mlflow:5000
 
         shoal serve serve.yaml --port 9000
     """

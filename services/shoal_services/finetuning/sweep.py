@@ -20,7 +20,7 @@ from shoal_services.linearity_page import write_comparison_page
 from shoal_services.lock import hold
 from shoal_services.preflight import check_writable, clear_cluster
 from shoal_services.space import read_assignment
-from shoal_services.tracking import Tracker
+from shoal_services.tracking import Delivery, Tracker
 from shoal_services.tuning import Audience, run_missing, run_workers
 
 
@@ -32,8 +32,7 @@ class FinetuneOutcome:
     finetuned: Finetuned | None
     results: list[FinetuneResult]
     tracking_uri: str
-    num_unsent: int
-    tracking_problem: str | None
+    delivery: Delivery
 
 
 class FinetuneEvents(TrialEvents[FinetuneResult]):
@@ -79,7 +78,7 @@ def _finetune(config: FinetuneConfig, folder: FinetuneFolder, audience: Audience
         run_missing(run_trial, config, concurrent, events, audience)
         events.record_missed()
         finetuned = _conclude(config, folder, tracker, events.parent)
-    return FinetuneOutcome(folder.root, finetuned, folder.read_results(), tracker.uri, tracker.num_unsent, tracker.problem)
+    return FinetuneOutcome(folder.root, finetuned, folder.read_results(), tracker.uri, tracker.delivery)
 
 
 def _count(config: FinetuneConfig, folder: FinetuneFolder, audience: Audience) -> None:
@@ -100,6 +99,7 @@ def _conclude(config: FinetuneConfig, folder: FinetuneFolder, tracker: Tracker, 
     """`finetuning.json`, the page, and the sweep's own run."""
     finetuned = Finetuned.read(config, folder) if folder.before.exists() else None
     if finetuned is None or not finetuned.results:
+        tracker.end_orphans(parent)
         tracker.end_run(parent, "FAILED")
         return None
     write_text(folder.root / "finetuning.json", json.dumps(finetuned.as_dict(), indent=2))

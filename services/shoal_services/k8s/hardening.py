@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 
 from shoal_services.k8s.manifests import Manifest, Pod, Problem, iter_clusters, iter_pods, name_of
+from shoal_services.portable import find_secrets
 
 SECRET_NAME = re.compile(r"(PASSWORD|TOKEN|SECRET|CREDENTIAL|API_?KEY)", re.IGNORECASE)
-URL_PASSWORD = re.compile(r"://[^/\s:@]+:(?!\$\()[^/\s@]+@")
 HOST_ACCESS = ("hostNetwork", "hostPID", "hostIPC")
 
 
@@ -24,8 +24,8 @@ def check_hardening(manifests: list[Manifest]) -> list[Problem]:
             if labels.get("pod-security.kubernetes.io/enforce") != "restricted":
                 problems.append(Problem("hardening", where, "pod-security.kubernetes.io/enforce must be 'restricted'"))
         for text in _list_texts(manifest):
-            if URL_PASSWORD.search(text):
-                problems.append(Problem("secrets", where, f"a password stands in {text[:40]!r}; refer to a Secret"))
+            for secret in find_secrets(text):
+                problems.append(Problem("secrets", where, f"a password or token stands in {secret!r}; refer to a Secret"))
             if "trust_remote_code" in text:
                 problems.append(
                     Problem("hardening", where, "trust_remote_code: nothing may run code from a model's folder")

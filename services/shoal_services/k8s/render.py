@@ -7,12 +7,14 @@ import re
 import shlex
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from shoal_services.config import Run, SearchConfig
 from shoal_services.k8s.manifests import Manifest
+from shoal_services.portable import refuse_secrets, require_mounted, require_reachable
 
 MOUNT = "/mnt/shoal"
 CONFIG_FOLDER = "/etc/shoal/search"
@@ -21,19 +23,27 @@ MAX_NAME = 47
 HEAD = {"cpu": "2", "memory": "8Gi"}
 SUBMITTER = {"cpu": "500m", "memory": "512Mi"}
 GRACE_S = 60
+TRACKING_URI = "http://mlflow:5000"
+SECRETS_ADVICE = (
+    "leave it out: pods have MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD from the Secret shoal-mlflow, and "
+    "HF_TOKEN from shoal-hub, as k8s/README.md says"
+)
+QUANTITY = re.compile(r"\d+(\.\d+)?([kMGT]|[KMGT]i)?")
+NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a search runs: names of things that are in the cluster already, and what a worker pod has.
 
+    `tracking_uri`: what the search's file says, if None, and otherwise the server that Shoal's manifests make.
     `workers_per_pod`: Ray Train workers in one pod, where GPUs of one node can reach each other directly.
     """
 
     namespace: str = "shoal"
     image: str | None = None
     claim: str = "shoal-storage"
-    tracking_uri: str = "http://mlflow:5000"
+    tracking_uri: str | None = None
     queue: str | None = "shoal"
     memory: str = "8Gi"
     scratch: str = "20Gi"
@@ -48,8 +58,9 @@ class Place:
 def render_search(config: SearchConfig, text: str, place: Place) -> list[Manifest]:
     """ConfigMap and RayJob for the search that `text` (the YAML of `config`) describes.
 
-    Raises ValueError for a name that is too long for Kubernetes.
+    Raises ValueError for names that Kubernetes does not take, and for what pods would not find or everyone would read.
     """
+    storage, tracking_uri = check_search(config, text, place)
     name = f"search-{re.sub('[^a-z0-9]+', '-', config.name.lower()).strip('-')}"
     if len(name) > MAX_NAME:
         raise ValueError(f"name: {config.name!r} is too long for a RayJob ({len(name)} letters); choose one of 40 or fewer")
@@ -62,8 +73,8 @@ def render_search(config: SearchConfig, text: str, place: Place) -> list[Manifes
         "kind": "RayJob",
         "metadata": {**metadata, "labels": labels | queue},
         "spec": {
-            "entrypoint": f"shoal search {CONFIG_FOLDER}/search.yaml --address auto --storage {MOUNT}/runs "
-            f"--tracking-uri {shlex.quote(place.tracking_uri)}",
+            "entrypoint": f"shoal search {CONFIG_FOLDER}/search.yaml --address auto --storage {shlex.quote(storage)} "
+            f"--tracking-uri {shlex.quote(tracking_uri)}",
             "submissionMode": "K8sJobMode",
             "submitterConfig": {"backoffLimit": 5},
             "submitterPodTemplate": _make_submitter(place, labels),
@@ -76,6 +87,29 @@ def render_search(config: SearchConfig, text: str, place: Place) -> list[Manifes
         },
     }
     return [config_map, job]
+
+
+def check_search(config: SearchConfig, text: str, place: Place) -> tuple[str, str]:
+    """The storage and the tracking server that the search has in its pods. Raises ValueError as `render_search` does."""
+    storage, tracking_uri = config.run.storage, place.tracking_uri or config.run.tracking_uri or TRACKING_URI
+    for where, said in {"tracking_uri": tracking_uri, "run.storage": str(storage), "the search's file": text}.items():
+        refuse_secrets(said, where, SECRETS_ADVICE)
+    for option, quantity in {"memory": place.memory, "scratch": place.scratch}.items():
+        if not QUANTITY.fullmatch(quantity):
+            raise ValueError(f"--{option} {quantity!r} is no amount in Kubernetes; say it as 8Gi")
+    for option, name in {"namespace": place.namespace, "claim": place.claim, "queue": place.queue}.items():
+        if name is not None and not NAME.fullmatch(name):
+            raise ValueError(f"--{option} {name!r} is no name in Kubernetes: small letters, digits and - in between")
+    require_mounted(text, MOUNT)
+    require_reachable(tracking_uri, MOUNT)
+    if not storage.is_absolute() or storage == Path(MOUNT):
+        return f"{MOUNT}/runs", tracking_uri
+    if not storage.is_relative_to(MOUNT) or ".." in storage.parts:
+        raise ValueError(
+            f"run.storage {str(storage)!r} is not below {MOUNT}, where pods have their shared storage; say {MOUNT}/runs, "
+            "or leave it out"
+        )
+    return str(storage), tracking_uri
 
 
 def write_yaml(manifests: list[Manifest]) -> str:

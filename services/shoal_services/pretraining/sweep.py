@@ -19,19 +19,18 @@ from shoal_services.pretraining.page import write_pretraining_page
 from shoal_services.pretraining.results import FIELDS, SCORES, PretrainFolder, PretrainResult, summarise, write_results
 from shoal_services.pretraining.worker import pretrain_worker
 from shoal_services.space import read_assignment
-from shoal_services.tracking import Tracker
+from shoal_services.tracking import Delivery, Tracker
 from shoal_services.tuning import Audience, run_missing, run_workers
 
 
 @dataclass(frozen=True)
 class PretrainOutcome:
-    """What a sweep came to. `num_unsent` records wait in the folder for a tracker that did not answer."""
+    """What a sweep came to."""
 
     folder: Path
     results: list[PretrainResult]
     tracking_uri: str
-    num_unsent: int
-    tracking_problem: str | None
+    delivery: Delivery
 
 
 class PretrainAudience(Audience, Protocol):
@@ -85,7 +84,7 @@ def sweep(config: PretrainConfig, folder: PretrainFolder, audience: PretrainAudi
         events.record_missed()
         results = write_page(config, folder)
         _publish(events.parent, folder, results, tracker)
-    return PretrainOutcome(folder.root, folder.read_results(), tracker.uri, tracker.num_unsent, tracker.problem)
+    return PretrainOutcome(folder.root, folder.read_results(), tracker.uri, tracker.delivery)
 
 
 def _prepare(config: PretrainConfig, folder: PretrainFolder, audience: PretrainAudience) -> None:

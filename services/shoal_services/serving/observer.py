@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import statistics
 import time
 from collections import Counter, defaultdict
@@ -14,6 +15,7 @@ from shoal_services.tracking import Tracker
 PATIENCE_S = 5.0
 # Enough for a 99th percentile; older ones have had their step.
 MAX_KEPT = 10_000
+WAITING = ("all", "wait")
 
 
 class Observer:
@@ -22,6 +24,10 @@ class Observer:
     def __init__(self, folder: str, tracking_uri: str | None, experiment: str, every_s: float, session: str):
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.tracker = Tracker(Path(folder), uri=tracking_uri, experiment=experiment)
+        for run, has_ended in self.tracker.find_ended().items():
+            if not has_ended:  # of an endpoint that was killed
+                self.tracker.end_run(run, "KILLED")
+        self._said: set[tuple[str, str]] = set()
         self.session, self.every_s = session, every_s
         self.started = time.time()
         self._seen: dict[tuple[str, str, str], list[Outcome | Comparison]] = defaultdict(list)
@@ -57,6 +63,15 @@ class Observer:
         for key in self._changed:
             self.tracker.log_metrics(self._run(key), summarise(self._counts[key], self._seen[key]), step=step)
         self._changed.clear()
+        self._warn()
+
+    def _warn(self) -> None:
+        """Says in the log what does not arrive, once for each cause."""
+        delivery = self.tracker.delivery
+        causes = {*delivery.refused, *([WAITING] if delivery.problem else [])}
+        if causes - self._said:
+            logging.getLogger("ray.serve").warning("; ".join(delivery.complaints()))
+        self._said = causes
 
     async def __del__(self) -> None:
         self.write()
