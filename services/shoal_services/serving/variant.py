@@ -42,7 +42,10 @@ class Variant:
         def make_decoder() -> BatchedDecoder:
             # Ray sets 1 where no CPU is reserved.
             torch.set_num_threads(int(settings.cpus_per_replica) or os.cpu_count() or 1)
-            return BatchedDecoder(load_model(model, dtype=settings.dtype), max_batch_size=self.limits.max_batch_size)
+            return BatchedDecoder(
+                load_model(model, dtype=settings.dtype), max_batch_size=limits.max_batch_size,
+                max_cached=max(limits.max_cached_tokens, limits.max_context),
+            )  # fmt: skip
 
         limits = self.limits
         return Engine(
