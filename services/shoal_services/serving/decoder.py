@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -44,7 +44,7 @@ class BatchedDecoder:
         self._layer_types = set(getattr(config, "layer_types", None) or ())
         self._window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         self.caches: list[Slots] = []
-        self.num_embeddings: int = model.get_input_embeddings().weight.shape[0]
+        self.num_embeddings = len(cast(Tensor, model.get_input_embeddings().weight))
         self.max_context: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self.max_cached, self.token_bytes = max_cached, 0
         self._make_masks = self._choose_masks()

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,37 +17,18 @@ from shoal_services.serving.generation import (
     Delta,
     EngineClosed,
     EngineStatistics,
-    FinishReason,
     Generation,
     OutOfMemory,
     QueueFull,
     RequestFailed,
     Token,
 )
-from shoal_services.serving.sampling import Sampler, check_largest, describe_token
+from shoal_services.serving.running import Running
+from shoal_services.serving.sampling import check_largest, describe_token
 from shoal_services.serving.spelling import Spelling
-from shoal_services.serving.text_stream import TextStream
 
 # Prompt tokens between two steps of those that are running: more, and their texts stall; fewer, and newcomers wait.
 PREFILL_TOKENS_PER_STEP = 512
-
-
-@dataclass(eq=False)
-class Running:
-    """A request on its way: waiting, then in a row of the decoder."""
-
-    request: Generation
-    emit: Callable[[Delta | Exception], object]
-    stream: TextStream
-    sampler: Sampler
-    last_token: int = -1
-    num_generated: int = 0
-    cancelled: bool = False
-
-    def fail(self, error: Exception) -> None:
-        """Tells whoever asked, if they are still there."""
-        with contextlib.suppress(RuntimeError):  # their event loop is closed
-            self.emit(error)
 
 
 class Engine:
@@ -108,7 +88,7 @@ class Engine:
             if isinstance(item, Exception) or item.finish_reason is not None:
                 loop.call_soon_threadsafe(_settle, done, item)
 
-        running = Running(request, emit, TextStream(self._spelling, request.stop), Sampler(request.sampling))
+        running = Running(request, emit, self._spelling)
         with self._wake:
             if self.failure is not None:
                 raise RuntimeError(f"the engine has failed: {self.failure}")
@@ -205,28 +185,12 @@ class Engine:
         )[-1]  # fmt: skip
         self._rows.append(running)
         if request.echo:
-            running.emit(self._echo(running, scored))
-        else:
-            running.stream.follow(request.prompt_ids)
+            running.emit(running.read_prompt(scored))
         if request.max_tokens == 0:
             running.emit(Delta(text=running.stream.flush(), finish_reason="length"))
             self._leave(running)
         else:
             self._take(running, running.sampler.pick(logits))
-
-    def _echo(self, running: Running, scored: list[Token]) -> Delta:
-        """The prompt as a delta, each token but the first with its log probability where those are wanted."""
-        ids, tokens, text = running.request.prompt_ids, [], ""
-        for token in [Token(ids[0]), *(scored or map(Token, ids[1:]))]:
-            tokens.append(self._label(running, token))
-            text += running.stream.read([token.id])
-        return Delta(text=text, prompt_tokens=tuple(tokens))
-
-    def _label(self, running: Running, token: Token) -> Token:
-        """The text's next token with its text, and those beside it with theirs, where log probabilities are wanted."""
-        if running.request.sampling.num_logprobs is None:
-            return token
-        return self._spelling.label(token, running.stream.before)
 
     def _step(self) -> None:
         """One token for every row."""
@@ -253,30 +217,18 @@ class Engine:
                 failure = _explain(error)
                 if not isinstance(failure, OutOfMemory):
                     raise
-                longest = max(self._rows, key=lambda running: len(running.request.prompt_ids) + running.num_generated)
+                longest = max(self._rows, key=lambda running: running.length)
                 self._leave(longest)
                 longest.fail(failure)
         return None
 
     def _take(self, running: Running, token: Token) -> None:
         """Adds a token to a request's text, says so, and frees the row if that was the last."""
-        request = running.request
-        running.num_generated += 1
-        running.last_token = token.id
         self.statistics.generated_tokens += 1
-        labelled = self._label(running, token)
-        reason: FinishReason | None = None
-        if token.id in self.end_tokens and not request.ignore_eos:
-            reason, text = "stop", running.stream.flush()
-        else:
-            text = running.stream.push(token.id)
-            if running.stream.stopped:
-                reason = "stop"
-            elif running.num_generated >= request.max_tokens:
-                reason, text = "length", text + running.stream.flush()
+        delta = running.take(token, ends=token.id in self.end_tokens and not running.request.ignore_eos)
         if not running.cancelled:
-            running.emit(Delta(text=text, tokens=(labelled,), finish_reason=reason))
-        if reason is not None or running.cancelled:
+            running.emit(delta)
+        if delta.finish_reason is not None or running.cancelled:
             self._leave(running)
 
     def _leave(self, running: Running) -> None:

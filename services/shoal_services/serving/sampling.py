@@ -90,9 +90,13 @@ def check_largest(logit: float) -> None:
 
 
 def describe_token(logits_v: Tensor, chosen: int, num_logprobs: int | None) -> Token:
-    """The token with its log probability under logits [V], and the `num_logprobs` likeliest beside it."""
+    """The token with its log probability under logits [V], and the `num_logprobs` likeliest beside it.
+
+    Raises `RequestFailed` if log probabilities are wanted and the logits are no numbers.
+    """
     if num_logprobs is None:
         return Token(chosen)
+    check_largest(float(logits_v.max()))
     logprobs = logits_v.float().log_softmax(-1)
     top = logprobs.topk(min(num_logprobs, len(logprobs)))
     likeliest = tuple(
