@@ -176,8 +176,8 @@ def without(name: str) -> dict:
         (SMALL | {"max_tokens": "4"}, 400, "max_tokens"),
         (SMALL | {"max_tokens": -1}, 400, "max_tokens"),
         (SMALL | {"max_tokens": 4.5}, 400, "max_tokens"),
-        (SMALL | {"max_tokens": 1000}, 400, "context is 256 tokens"),
-        (SMALL | {"prompt": "x" * 2000}, 400, "context is 256 tokens"),
+        (SMALL | {"max_tokens": 1000}, 400, "maximum context length is 256 tokens"),
+        (SMALL | {"prompt": "x" * 2000}, 400, "maximum context length is 256 tokens"),
         (SMALL | {"prompt": "x" * 100_000}, 413, "65536 bytes"),
         (SMALL | {"prompt": ""}, 400, "no tokens"),
         (SMALL | {"prompt": []}, 400, "prompt"),
@@ -192,6 +192,9 @@ def without(name: str) -> dict:
         (SMALL | {"stream_options": {"include_usage": True}}, 400, "stream_options"),
         (SMALL | {"logit_bias": {"1": 1}}, 400, "unsupported parameter 'logit_bias'"),
         (SMALL | {"best_of": 3}, 400, "best_of"),
+        (SMALL | {"prompt": "half \ud83d a pair"}, 400, "surrogate"),
+        (b'{"model": "dense", "prompt": "x", "temperature": NaN}', 400, "temperature"),
+        (b"[" * 50_000, 400, ""),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_words(http: httpx.Client, body: dict | bytes, status: int, says: str):
@@ -207,6 +210,23 @@ def test_what_cannot_be_used_is_refused_in_words(http: httpx.Client, body: dict 
     )
     assert streamed.status_code == status or "stream_options" in body
     assert http.post(COMPLETIONS, json=SMALL).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_context_that_is_exceeded_has_its_code(client: openai.OpenAI, stream: bool):
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 256 tokens") as caught:
+        client.completions.create(model="dense", prompt="The sea", max_tokens=250, stream=stream)
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_counted_once_whatever_comes_of_it(client: openai.OpenAI, stream: bool):
+    arguments = {"model": "dense", "prompt": ["one", "three"], "n": 3, "max_tokens": 2, "extra_body": {"ignore_eos": True}}
+    if stream:
+        usage = [*client.completions.create(**arguments, stream=True, stream_options={"include_usage": True})][-1].usage
+    else:
+        usage = client.completions.create(**arguments).usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (8, 12)
 
 
 def test_unknown_paths_and_methods_have_the_shape_too(http: httpx.Client):

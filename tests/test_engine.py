@@ -21,6 +21,7 @@ from shoal_services.serving.decoder import BatchedDecoder
 from shoal_services.serving.engine import Engine
 from shoal_services.serving.generation import Delta, Generation, QueueFull, Sampling
 from shoal_services.serving.sampling import Sampler
+from shoal_services.serving.spelling import Spelling
 from shoal_services.serving.text_stream import TextStream
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,7 +48,7 @@ class Rows:
         self.tokens: dict[int, list[int]] = {}
 
     def join(self, name: int, prompt: list[int]) -> None:
-        self.tokens[name] = [int(self.decoder.prefill(prompt)[-1].argmax())]
+        self.tokens[name] = [int(self.decoder.prefill(prompt, room=64)[-1].argmax())]
         self.rows.append(name)
 
     def step(self) -> None:
@@ -91,7 +92,7 @@ def test_replaced_blocks_take_no_part_in_the_cache(llama: PreTrainedModel):
     for _ in range(7):
         rows.step()
     assert rows.tokens[0] == alone
-    assert len(decoder.slots.layers) == 3
+    assert len(decoder.caches[0].layers) == 3
 
 
 def test_thinned_models_are_served_like_others(llama: PreTrainedModel):
@@ -114,7 +115,7 @@ def test_thinned_models_are_served_like_others(llama: PreTrainedModel):
 @given(st.lists(st.sampled_from(["join", "step", "step", "leave first", "leave last"]), min_size=1, max_size=25))
 def test_no_order_of_joining_and_leaving_changes_a_token(moves: list[str]):
     rows, prompts = Rows(DECODER), prompts_of(*range(3, 30))
-    DECODER.size = 0
+    DECODER.clear()
     for move in moves:
         if move == "join" and len(rows.rows) < DECODER.max_batch_size:
             rows.join(len(rows.tokens), prompts[len(rows.tokens)])
@@ -138,8 +139,8 @@ def test_bfloat16_logits_are_the_same_bit_by_bit_whatever_runs_beside():
     prompts = prompts_of(4, 25, 13)
 
     def run(names: list[int]) -> dict[int, list[torch.Tensor]]:
-        decoder.size = 0
-        logits = {name: [decoder.prefill(prompts[name])[-1]] for name in names}
+        decoder.clear()
+        logits = {name: [decoder.prefill(prompts[name], room=16)[-1]] for name in names}
         for _ in range(6):
             stepped = decoder.step([int(logits[name][-1].argmax()) for name in names])
             for name, row in zip(names, stepped, strict=True):
@@ -225,7 +226,7 @@ def byte_tokenizer(tiny_random: str) -> PreTrainedTokenizerBase:
 
 
 def stream_text(tokenizer: PreTrainedTokenizerBase, text: str, stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
-    stream = TextStream(tokenizer, stop)
+    stream = TextStream(Spelling(tokenizer), stop)
     pieces = []
     for token in tokenizer(text)["input_ids"]:
         pieces.append(stream.push(token))
@@ -234,7 +235,7 @@ def stream_text(tokenizer: PreTrainedTokenizerBase, text: str, stop: tuple[str, 
     return [*pieces, stream.flush()], False
 
 
-@given(st.text(max_size=30))
+@given(st.text(max_size=30).filter(lambda text: "<|end|>" not in text))
 def test_pieces_make_up_the_text(byte_tokenizer: PreTrainedTokenizerBase, text: str):
     pieces, stopped = stream_text(byte_tokenizer, text)
     assert ("".join(pieces), stopped) == (text, False)
@@ -309,7 +310,9 @@ def test_one_who_leaves_early_frees_the_row(engine: Engine):
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(engine: Engine):
-    with pytest.raises(ValueError, match=r"context is 256 tokens; 3 in the prompt and 300 to generate are 303"):
+    with pytest.raises(
+        ValueError, match=r"maximum context length is 256 tokens; 3 in the prompt and 300 to generate are 303"
+    ):
         asyncio.run(engine.generate(ask("abc", 300)))
     with pytest.raises(ValueError, match="no tokens"):
         asyncio.run(engine.generate(ask("")))
@@ -352,9 +355,9 @@ def test_echo_scores_the_prompt(engine: Engine, tiny_random: str):
 
 def test_an_engine_that_fails_says_so_to_all(engine: Engine, monkeypatch: pytest.MonkeyPatch):
     def fail(_tokens: list[int]) -> torch.Tensor:
-        raise MemoryError("no memory left")
+        raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(engine.decoder, "step", fail)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="no memory left"):
+        with pytest.raises(RuntimeError, match="the device is gone"):
             asyncio.run(engine.generate(ask("abc", 5)))

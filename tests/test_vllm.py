@@ -54,7 +54,7 @@ def engine(folder: Path) -> Iterator:
 
 
 def ask(engine, prompt: str, num_new: int, **more) -> Generation:
-    ids = tuple(engine._tokenizer(prompt)["input_ids"])
+    ids = tuple(engine._spelling.tokenizer(prompt)["input_ids"])
     return Generation(ids, num_new, Sampling(temperature=0.0, num_logprobs=more.pop("num_logprobs", None)), **more)
 
 
@@ -77,7 +77,7 @@ def test_vllm_speaks_like_generate(engine, folder: Path):
         for position, token in enumerate(scored.prompt_tokens[1:]):
             assert token.logprob == pytest.approx(float(logprobs[position, token.id]), abs=1e-3)
 
-        with pytest.raises(ValueError, match="context is 256 tokens"):
+        with pytest.raises(ValueError, match="maximum context length is 256 tokens"):
             await engine.generate(ask(engine, PROMPT, 300))
         many = [engine.generate(ask(engine, PROMPT, 4, ignore_eos=True)) for _ in range(8)]
         answers = await asyncio.gather(*many, return_exceptions=True)

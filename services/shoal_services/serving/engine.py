@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,33 +17,25 @@ from shoal_services.serving.generation import (
     Delta,
     EngineClosed,
     EngineStatistics,
-    FinishReason,
     Generation,
+    OutOfMemory,
     QueueFull,
+    RequestFailed,
     Token,
 )
-from shoal_services.serving.sampling import Sampler, describe_token
-from shoal_services.serving.text_stream import TextStream
+from shoal_services.serving.running import Running
+from shoal_services.serving.sampling import check_largest, describe_token
+from shoal_services.serving.spelling import Spelling
 
 # Prompt tokens between two steps of those that are running: more, and their texts stall; fewer, and newcomers wait.
 PREFILL_TOKENS_PER_STEP = 512
 
 
-@dataclass(eq=False)
-class Running:
-    """A request on its way: waiting, then in a row of the decoder."""
-
-    request: Generation
-    emit: Callable[[Delta | Exception], object]
-    stream: TextStream
-    sampler: Sampler
-    last_token: int = -1
-    num_generated: int = 0
-    cancelled: bool = False
-
-
 class Engine:
     """Continuous batching on a thread of its own: newcomers join between two steps, whoever is done leaves at once.
+
+    What goes wrong with one request is said to whoever asked, and ends that request alone; only what every request would
+    meet ends the engine.
 
     The decoder is made on that thread, and nothing else in the process should compute with torch: OpenMP gives every
     thread workers of its own, which wait busily and take the cores from each other (two times slower steps).
@@ -61,6 +53,7 @@ class Engine:
         after_step: Callable[[], object] = lambda: None,
     ):
         self.tokenizer, self.max_context, self.max_waiting = tokenizer, max_context, max_waiting
+        self._spelling = Spelling(tokenizer)
         self._after_step = after_step
         self.statistics = EngineStatistics()
         self.failure: Exception | None = None
@@ -78,12 +71,12 @@ class Engine:
     async def generate(self, request: Generation, listen: Callable[[Delta], object] = lambda _delta: None) -> Delta:
         """The whole answer; `listen` hears its pieces as they are made, on the engine's thread.
 
-        Cancelling it frees the request's row. Raises ValueError if prompt and new tokens exceed the context, `QueueFull`
-        if all rows are taken and `max_waiting` requests wait, `EngineClosed` after `close`.
+        Cancelling it frees the request's row. Raises ValueError if prompt and new tokens exceed the context or the model
+        has no such tokens, `QueueFull` if all rows are taken and `max_waiting` requests wait, `EngineClosed` after
+        `close`, `RequestFailed` for what goes wrong with it later, and RuntimeError once the engine has failed.
         """
-        if self.failure is not None:
-            raise RuntimeError(f"the engine has failed: {self.failure}")
         request.check_length(self.max_context)
+        request.check_tokens(self.decoder.num_embeddings)
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         deltas: list[Delta] = []
@@ -95,8 +88,10 @@ class Engine:
             if isinstance(item, Exception) or item.finish_reason is not None:
                 loop.call_soon_threadsafe(_settle, done, item)
 
-        running = Running(request, emit, TextStream(self.tokenizer, request.stop), Sampler(request.sampling))
+        running = Running(request, emit, self._spelling)
         with self._wake:
+            if self.failure is not None:
+                raise RuntimeError(f"the engine has failed: {self.failure}")
             if self._closed:
                 raise EngineClosed("the model made room for another")
             if len(self._rows) + len(self._waiting) >= self.decoder.max_batch_size + self.max_waiting:
@@ -123,6 +118,7 @@ class Engine:
             ends = self.decoder.model.generation_config.eos_token_id
             self.end_tokens = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
             self.max_context = min(self.max_context, self.decoder.max_context)
+            self.decoder.check_room(self.max_context)
             self._ready.set()
             while self._wait_for_work():
                 self._admit()
@@ -130,10 +126,11 @@ class Engine:
                     self._step()
                 self._after_step()
         except Exception as error:
-            self.failure = error
+            with self._wake:
+                self.failure = error
             self._ready.set()
             for running in [*self._rows, *self._waiting]:
-                running.emit(RuntimeError(f"the engine has failed: {type(error).__name__}: {error}"))
+                running.fail(RuntimeError(f"the engine has failed: {type(error).__name__}: {error}"))
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -142,80 +139,96 @@ class Engine:
             return bool(self._waiting or self._rows or not self._closed)
 
     def _admit(self) -> None:
-        """Prompts into free rows, as many as may come between two steps."""
+        """Prompts into free rows, in their order, as many as may come between two steps."""
         budget = PREFILL_TOKENS_PER_STEP
-        while budget > 0 and len(self._rows) < self.decoder.max_batch_size:
+        while budget > 0:
             with self._wake:
                 if not self._waiting:
+                    break
+                if not self._waiting[0].cancelled and not self.decoder.has_room(self._waiting[0].request.num_tokens):
                     break
                 running = self._waiting.popleft()
             if running.cancelled:
                 continue
             budget -= len(running.request.prompt_ids)
-            self._start(running)
+            with self._alone(running):
+                self._start(running)
             self._after_step()
         self.statistics.waiting, self.statistics.running = len(self._waiting), len(self._rows)
 
+    @contextlib.contextmanager
+    def _alone(self, running: Running) -> Iterator[None]:
+        """What is raised within ends this request, and the engine only if it cannot take any other either."""
+        try:
+            yield
+        except Exception as error:
+            if running in self._rows:
+                self._leave(running)
+            failure = _explain(error)
+            running.fail(failure)
+            if failure is not error and not isinstance(failure, OutOfMemory):
+                self.decoder.check_alive()
+
     def _start(self, running: Running) -> None:
-        request = running.request
-        scored = request.echo and request.sampling.num_logprobs is not None
-        logits = self.decoder.prefill(list(request.prompt_ids), all_logits=scored)
+        request, sampling = running.request, running.request.sampling
+        scored: list[Token] = []
+
+        def score(logits: torch.Tensor) -> None:
+            following = request.prompt_ids[len(scored) + 1 :]
+            scored.extend(
+                describe_token(row, id, sampling.num_logprobs) for row, id in zip(logits, following, strict=False)
+            )
+
+        wanted = request.echo and sampling.num_logprobs is not None
+        logits = self.decoder.prefill(
+            list(request.prompt_ids), room=request.max_tokens, read=score if wanted else None
+        )[-1]  # fmt: skip
         self._rows.append(running)
         if request.echo:
-            running.emit(self._echo(request, logits if scored else None))
+            running.emit(running.read_prompt(scored))
         if request.max_tokens == 0:
-            running.emit(Delta(finish_reason="length"))
+            running.emit(Delta(text=running.stream.flush(), finish_reason="length"))
             self._leave(running)
         else:
-            self._take(running, running.sampler.pick(logits[-1]))
-
-    def _echo(self, request: Generation, logits: torch.Tensor | None) -> Delta:
-        """The prompt as a delta, each token with its log probability given those before it."""
-        ids = request.prompt_ids
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
-        tokens = [Token(token) for token in ids]
-        if logits is not None:
-            scored = zip(logits, ids[1:], strict=False)  # the first token has none before it to be scored by
-            tokens[1:] = [describe_token(row, token, request.sampling.num_logprobs) for row, token in scored]
-        return Delta(text=str(text), prompt_tokens=tuple(self._spell(token, request) for token in tokens))
-
-    def _spell(self, token: Token, request: Generation) -> Token:
-        """The token with its text, and those beside it with theirs, where log probabilities are wanted."""
-        if request.sampling.num_logprobs is None:
-            return token
-        top = tuple(replace(one, text=str(self.tokenizer.decode([one.id]))) for one in token.top)
-        return replace(token, text=str(self.tokenizer.decode([token.id])), top=top)
+            self._take(running, running.sampler.pick(logits))
 
     def _step(self) -> None:
         """One token for every row."""
-        logits = self.decoder.step([running.last_token for running in self._rows])
-        plain = logits.max(-1).indices.tolist() if any(r.sampler.is_plain for r in self._rows) else []
-        picked = [
-            Token(plain[row]) if running.sampler.is_plain else running.sampler.pick(logits[row])
-            for row, running in enumerate(self._rows)
-        ]
-        for running, token in zip(list(self._rows), picked, strict=True):
-            self._take(running, token)
+        logits = self._find_logits()
+        if logits is None:
+            return
+        plain: list[list[float]] = []
+        if any(running.sampler.is_plain for running in self._rows):
+            plain = [values.tolist() for values in logits.max(-1)]
+        for row, running in enumerate(list(self._rows)):
+            with self._alone(running):
+                if running.sampler.is_plain:
+                    check_largest(plain[0][row])
+                    self._take(running, Token(int(plain[1][row])))
+                else:
+                    self._take(running, running.sampler.pick(logits[row]))
+
+    def _find_logits(self) -> torch.Tensor | None:
+        """Logits of the next token of every row, None if none is left: where memory is short, the longest goes."""
+        while self._rows:
+            try:
+                return self.decoder.step([running.last_token for running in self._rows])
+            except (RuntimeError, MemoryError) as error:
+                failure = _explain(error)
+                if not isinstance(failure, OutOfMemory):
+                    raise
+                longest = max(self._rows, key=lambda running: running.length)
+                self._leave(longest)
+                longest.fail(failure)
+        return None
 
     def _take(self, running: Running, token: Token) -> None:
         """Adds a token to a request's text, says so, and frees the row if that was the last."""
-        request = running.request
-        running.num_generated += 1
-        running.last_token = token.id
         self.statistics.generated_tokens += 1
-        reason: FinishReason | None = None
-        text = ""
-        if token.id in self.end_tokens and not request.ignore_eos:
-            reason, text = "stop", running.stream.flush()
-        else:
-            text = running.stream.push(token.id)
-            if running.stream.stopped:
-                reason = "stop"
-            elif running.num_generated >= request.max_tokens:
-                reason, text = "length", text + running.stream.flush()
+        delta = running.take(token, ends=token.id in self.end_tokens and not running.request.ignore_eos)
         if not running.cancelled:
-            running.emit(Delta(text=text, tokens=(self._spell(token, request),), finish_reason=reason))
-        if reason is not None or running.cancelled:
+            running.emit(delta)
+        if delta.finish_reason is not None or running.cancelled:
             self._leave(running)
 
     def _leave(self, running: Running) -> None:
@@ -232,3 +245,12 @@ def _settle(done: asyncio.Future[None], item: Delta | Exception) -> None:
         done.set_exception(item)
     else:
         done.set_result(None)
+
+
+def _explain(error: Exception) -> RequestFailed:
+    """What is said of an error that came while one request was worked on."""
+    if isinstance(error, RequestFailed):
+        return error
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return OutOfMemory("there is no memory for this request now; try again later, or with a shorter prompt")
+    return RequestFailed(f"this request failed: {type(error).__name__}: {error}")

@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from shoal_services.serving.answer import Answer
-from shoal_services.serving.generation import Piece
-from shoal_services.serving.protocol import ChatWriter, CompletionWriter, make_error, make_usage
+from shoal_services.serving.protocol import make_error
+from shoal_services.serving.writers import ChatWriter, CompletionWriter
 
 
 async def write_events(answer: Answer, writer: CompletionWriter, wants_usage: bool) -> AsyncIterator[str]:
     """Server-sent events of all choices, each as soon as it is there."""
-    prompt_tokens, completion_tokens = {}, 0
+    prompt_tokens: dict[int, int] = {}
+    completion_tokens = 0
     try:
         if isinstance(writer, ChatWriter):
             for index in range(answer.num_calls):
@@ -23,7 +24,7 @@ async def write_events(answer: Answer, writer: CompletionWriter, wants_usage: bo
             completion_tokens += len(piece.delta.tokens)
             yield _event(writer.chunk(index, piece.delta))
         if wants_usage:
-            yield _event(writer.usage_chunk(make_usage(sum(prompt_tokens.values()), completion_tokens)))
+            yield _event(writer.usage_chunk(prompt_tokens, completion_tokens))
         yield "data: [DONE]\n\n"
     except Exception as error:
         yield _event(make_error(500, f"the answer broke off: {first_line(error)}"))
@@ -33,11 +34,6 @@ async def write_events(answer: Answer, writer: CompletionWriter, wants_usage: bo
 
 def _event(payload: dict[str, Any]) -> str:
     return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def count_tokens(pieces: list[Piece]) -> dict[str, int]:
-    """The usage of a whole answer."""
-    return make_usage(sum(piece.num_prompt_tokens for piece in pieces), sum(len(piece.delta.tokens) for piece in pieces))
 
 
 def first_line(error: BaseException) -> str:

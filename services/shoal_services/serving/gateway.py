@@ -17,13 +17,14 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from shoal_services.serving.answer import Answer, cancel
 from shoal_services.serving.channel import Inbox
 from shoal_services.serving.course import Course
-from shoal_services.serving.events import count_tokens, write_events
+from shoal_services.serving.events import write_events
 from shoal_services.serving.experiments import Experiments
 from shoal_services.serving.generation import Call, Piece, QueueFull
 from shoal_services.serving.guard import Key, KeyRing
-from shoal_services.serving.protocol import ChatRequest, ChatWriter, CompletionRequest, CompletionWriter, TokenizeRequest
+from shoal_services.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from shoal_services.serving.routes import Router
 from shoal_services.serving.settings import Limits, ShadowSettings
+from shoal_services.serving.writers import ChatWriter, CompletionWriter
 
 
 class VariantDown(Exception):
@@ -65,28 +66,27 @@ class Gateway:
         name = self.router.choose(request.model, request.user)
         calls = [
             Call(
-                prompt, 16 if request.max_tokens is None else request.max_tokens,
-                request.sampling(request.logprobs, choice), request.stop_strings, request.ignore_eos,
-                bool(request.echo),
+                prompt, request.max_tokens, request.sampling(request.logprobs, choice), request.stop_strings,
+                request.ignore_eos, request.echo,
             )
             for prompt in request.prompts
-            for choice in range(request.n or 1)
+            for choice in range(request.n)
         ]  # fmt: skip
-        return await self._answer(name, calls, CompletionWriter(name, len(calls)), request)
+        return await self._answer(name, calls, CompletionWriter(name, request.n), request)
 
     async def chat(self, request: ChatRequest) -> Response:
         """/v1/chat/completions."""
         name = self.router.choose(request.model, request.user)
         messages = tuple(message.as_template_input() for message in request.messages)
-        num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        num_logprobs = request.top_logprobs if request.logprobs else None
         calls = [
             Call(
-                messages, request.max_completion_tokens or request.max_tokens, request.sampling(num_logprobs, choice),
+                messages, request.num_new, request.sampling(num_logprobs, choice),
                 request.stop_strings, request.ignore_eos,
             )
-            for choice in range(request.n or 1)
+            for choice in range(request.n)
         ]  # fmt: skip
-        return await self._answer(name, calls, ChatWriter(name, len(calls)), request)
+        return await self._answer(name, calls, ChatWriter(name, request.n), request)
 
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         """/tokenize."""
@@ -125,7 +125,7 @@ class Gateway:
             for index, piece in enumerate(pieces):
                 course.hear(index, piece)
             course.end("answered")
-            return JSONResponse(writer.answer([piece.delta for piece in pieces], count_tokens(pieces)))
+            return JSONResponse(writer.answer(pieces))
         answer = Answer(self.inbox, self._handle(name), course, timeout_s=self.limits.timeout_s)
         try:
             # The first pieces come before the status line: whatever is refused is refused with its own status.
@@ -134,8 +134,7 @@ class Gateway:
         except BaseException:
             answer.close()
             raise
-        wants_usage = request.stream_options is not None and request.stream_options.include_usage
-        events = write_events(answer, writer, wants_usage)
+        events = write_events(answer, writer, request.stream_options.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
     @asynccontextmanager

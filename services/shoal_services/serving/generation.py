@@ -18,6 +18,20 @@ class EngineClosed(Exception):
     """The engine takes no more requests."""
 
 
+class ContextExceeded(ValueError):
+    """Prompt and answer are longer than the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class RequestFailed(Exception):
+    """The engine could not go on with this one request; the others are none the worse."""
+
+
+class OutOfMemory(RequestFailed):
+    """There was no memory for this request at that time."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are picked. Temperature 0 takes the most likely token; `top_k` 0 and `top_p` 1 keep all tokens.
@@ -48,26 +62,37 @@ class Generation:
     echo: bool = False
 
     def check_length(self, max_context: int) -> None:
-        """Raises ValueError if there is no prompt, or if prompt and answer exceed the context."""
+        """Raises ValueError if there is no prompt, `ContextExceeded` if prompt and answer exceed the context."""
         if not self.prompt_ids:
             raise ValueError("the prompt has no tokens; give it some text")
-        wanted = len(self.prompt_ids) + self.max_tokens
-        if wanted > max_context:
-            raise ValueError(
-                f"this model's context is {max_context} tokens; {len(self.prompt_ids)} in the prompt and "
-                f"{self.max_tokens} to generate are {wanted}; shorten the prompt or lower max_tokens"
+        if self.num_tokens > max_context:
+            raise ContextExceeded(
+                f"this model's maximum context length is {max_context} tokens; {len(self.prompt_ids)} in the prompt and "
+                f"{self.max_tokens} to generate are {self.num_tokens}; shorten the prompt or lower max_tokens"
             )
+
+    def check_tokens(self, num_embeddings: int) -> None:
+        """Raises ValueError for tokens that the model has no embedding of."""
+        if outside := [token for token in self.prompt_ids if not 0 <= token < num_embeddings]:
+            raise ValueError(f"the model has no tokens {outside[:5]}: it has embeddings of {num_embeddings}")
+
+    @property
+    def num_tokens(self) -> int:
+        """The most tokens that prompt and answer can have together."""
+        return len(self.prompt_ids) + self.max_tokens
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token: its id, its text (where log probabilities are asked for), its log probability in nats given those
-    before it (None unless asked for), and the likeliest tokens in its place."""
+    """A token: its id, its log probability in nats given those before it (None unless asked for), and the likeliest
+    tokens in its place. Where log probabilities are asked for, `text` shows it, and `spelled` are the bytes that it adds to
+    the text, of which it may be a part of a character (None for special tokens, which add nothing)."""
 
     id: int
     text: str = ""
     logprob: float | None = None
     top: tuple[Token, ...] = ()
+    spelled: bytes | None = None
 
 
 @dataclass(frozen=True)

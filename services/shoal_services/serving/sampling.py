@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import torch
 from torch import Tensor
 
-from shoal_services.serving.generation import Sampling, Token
+from shoal_services.serving.generation import RequestFailed, Sampling, Token
 
 # Likely tokens looked at before all are sorted: they nearly always hold `top_p` of the probability.
 NUCLEUS = 256
+# Below it float32 scores would overflow; what is drawn is the likeliest token long before.
+MIN_TEMPERATURE = 1e-30
 
 
 class Sampler:
@@ -32,11 +35,15 @@ class Sampler:
         return s.temperature == 0 and s.num_logprobs is None and not (s.presence_penalty or s.frequency_penalty)
 
     def pick(self, logits_v: Tensor) -> Token:
-        """The next token for logits [V]; log probabilities are those of the model, before temperature and cuts."""
+        """The next token for logits [V]; log probabilities are those of the model, before temperature and cuts.
+
+        Raises `RequestFailed` if the model's logits are no numbers.
+        """
         s = self.sampling
         logits = logits_v.float()
+        check_largest(float(logits.max()))
         scores = self._penalise(logits) if self.counts and (s.presence_penalty or s.frequency_penalty) else logits
-        chosen = int(scores.argmax()) if s.temperature == 0 else self._draw(scores / s.temperature)
+        chosen = int(scores.argmax()) if s.temperature == 0 else self._draw(scores / max(s.temperature, MIN_TEMPERATURE))
         self.counts[chosen] += 1
         return describe_token(logits, chosen, s.num_logprobs)
 
@@ -70,15 +77,26 @@ class Sampler:
             total = values.sum() if size == limit and limit < len(probabilities) else probabilities.sum()
             before = values.cumsum(0) - values
             keep = before < self.sampling.top_p * total
+            keep[0] = True  # a `top_p` that float32 takes for 0 keeps the likeliest
             if not bool(keep.all()) or size == limit:
                 return values[keep], ids[keep]
             size = limit
 
 
+def check_largest(logit: float) -> None:
+    """Raises `RequestFailed` if the largest of a token's logits is no number, as it is where one of them is none."""
+    if not math.isfinite(logit):
+        raise RequestFailed(f"the model's logits for this text are not finite numbers (the largest is {logit})")
+
+
 def describe_token(logits_v: Tensor, chosen: int, num_logprobs: int | None) -> Token:
-    """The token with its log probability under logits [V], and the `num_logprobs` likeliest beside it."""
+    """The token with its log probability under logits [V], and the `num_logprobs` likeliest beside it.
+
+    Raises `RequestFailed` if log probabilities are wanted and the logits are no numbers.
+    """
     if num_logprobs is None:
         return Token(chosen)
+    check_largest(float(logits_v.max()))
     logprobs = logits_v.float().log_softmax(-1)
     top = logprobs.topk(min(num_logprobs, len(logprobs)))
     likeliest = tuple(

@@ -20,6 +20,9 @@ class Limits(Value):
     max_queued: int = Field(default=64, ge=0, description="requests that wait in a replica; few bound the latency")
     max_context: int = Field(default=2048, ge=16, description="tokens of prompt and answer")
     max_tokens: int = Field(default=512, ge=1, description="tokens of an answer that names no limit")
+    max_cached_tokens: int = Field(
+        default=65_536, ge=16, description="tokens of the requests generated at once; others wait until theirs fit"
+    )
     max_body_bytes: int = Field(default=2**20, ge=1024)
     timeout_s: float = Field(default=120.0, gt=0)
 

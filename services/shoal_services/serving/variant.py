@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ray.serve.exceptions import RayServeException
 
 from shoal_services.serving.channel import Outbox, Reply
 from shoal_services.serving.generation import Call, Delta, Generation, Piece, Prompt
 from shoal_services.serving.meters import Meters, Stopwatch
+from shoal_services.serving.prompts import encode
 from shoal_services.serving.settings import Limits, VariantSettings
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ class Variant:
         def make_decoder() -> BatchedDecoder:
             # Ray sets 1 where no CPU is reserved.
             torch.set_num_threads(int(settings.cpus_per_replica) or os.cpu_count() or 1)
-            return BatchedDecoder(load_model(model, dtype=settings.dtype), max_batch_size=self.limits.max_batch_size)
+            return BatchedDecoder(
+                load_model(model, dtype=settings.dtype), max_batch_size=limits.max_batch_size,
+                max_cached=max(limits.max_cached_tokens, limits.max_context),
+            )  # fmt: skip
 
         limits = self.limits
         return Engine(
@@ -63,8 +67,8 @@ class Variant:
 
         Raises ValueError for a prompt that does not fit or cannot be read, `QueueFull` if too many wait.
         """
-        ids = self.encode(call.prompt)
-        room = max(0, self.max_context - len(ids))
+        ids = encode(self.tokenizer, call.prompt)
+        room = max(1, self.max_context - len(ids))
         max_tokens = min(room, self.limits.max_tokens) if call.max_tokens is None else call.max_tokens
         request = Generation(ids, max_tokens, call.sampling, call.stop, call.ignore_eos, call.echo)
         watch = Stopwatch(self.meters, len(ids))
@@ -79,24 +83,8 @@ class Variant:
 
     async def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> dict[str, Any]:
         """Token ids and their number, and the context's length. Raises ValueError for a chat without a template."""
-        ids = self.encode(prompt, add_special_tokens=add_special_tokens)
+        ids = encode(self.tokenizer, prompt, add_special_tokens=add_special_tokens)
         return {"count": len(ids), "max_model_len": self.max_context, "tokens": list(ids)}
-
-    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of a prompt, in whichever form it came."""
-        if isinstance(prompt, str):
-            return tuple(self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
-        messages = [part for part in prompt if isinstance(part, dict)]
-        if messages:
-            if self.tokenizer.chat_template is None:
-                raise ValueError("this model has no chat template; use /v1/completions")
-            templated = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            return tuple(cast(list[int], templated))
-        ids = cast(tuple[int, ...], prompt)
-        outside = [token for token in ids if not 0 <= token < len(self.tokenizer)]
-        if outside:
-            raise ValueError(f"token ids {outside[:5]} are outside the vocabulary of {len(self.tokenizer)} tokens")
-        return ids
 
     def _tell_step(self) -> None:
         """Sends what a step has made. Runs where pieces are heard: on the engine's thread, or vLLM's event loop."""

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from shoal_services.serving.generation import Delta, EngineStatistics, FinishReason, Generation, QueueFull, Token
+from shoal_services.serving.generation import (
+    Delta,
+    EngineStatistics,
+    FinishReason,
+    Generation,
+    QueueFull,
+    RequestFailed,
+    Token,
+)
 from shoal_services.serving.settings import Limits, VariantSettings
+from shoal_services.serving.spelling import Spelling
+from shoal_services.serving.text_stream import TextStream
 from shoal_services.serving.vllm_plugin import refuse_factors, register
 
 
@@ -42,7 +52,7 @@ class VllmEngine:
         self.engine = AsyncLLM.from_engine_args(arguments)
         self.max_context: int = length
         self.statistics = EngineStatistics()
-        self._limits, self._tokenizer, self._after_step = limits, tokenizer, after_step
+        self._limits, self._spelling, self._after_step = limits, Spelling(tokenizer), after_step
         self._numbers = itertools.count()
         self._told = False
 
@@ -61,6 +71,9 @@ class VllmEngine:
         if statistics.running >= self._limits.max_batch_size + self._limits.max_queued:
             raise QueueFull(f"{statistics.running} requests run and wait")
         deltas: list[Delta] = []
+        stream = TextStream(self._spelling)
+        if not request.echo:
+            stream.follow(request.prompt_ids)
         statistics.requests += 1
         statistics.running += 1
         try:
@@ -68,9 +81,9 @@ class VllmEngine:
                 {"prompt_token_ids": list(request.prompt_ids)}, _sampling(request), str(next(self._numbers))
             ):
                 if request.echo and not deltas:
-                    deltas.append(self._echo(output, request))
+                    deltas.append(_echo(output, request, stream))
                     listen(deltas[-1])
-                deltas.append(_read(output.outputs[0], request))
+                deltas.append(_read(output.outputs[0], request, stream))
                 statistics.generated_tokens += len(deltas[-1].tokens)
                 listen(deltas[-1])
                 self._tell_soon()
@@ -81,15 +94,6 @@ class VllmEngine:
     def close(self) -> None:
         """Ends vLLM's process."""
         self.engine.shutdown()
-
-    def _echo(self, output: Any, request: Generation) -> Delta:
-        """The prompt as a delta, each token but the first with its log probability where those are wanted."""
-        ids, number = request.prompt_ids, request.sampling.num_logprobs
-        scores = output.prompt_logprobs or [None] * len(ids)
-        tokens = [_describe(token, score, number) for token, score in zip(ids, scores, strict=True)]
-        if number is not None:  # the first token has no scores, which would hold its text
-            tokens[0] = Token(ids[0], str(self._tokenizer.decode([ids[0]])))
-        return Delta(text=str(self._tokenizer.decode(list(ids), skip_special_tokens=True)), prompt_tokens=tuple(tokens))
 
     def _tell_soon(self) -> None:
         """Once for all pieces of a step, which come to the event loop together."""
@@ -116,18 +120,33 @@ def _sampling(request: Generation) -> Any:
     )  # fmt: skip
 
 
-def _read(output: Any, request: Generation) -> Delta:
+def _echo(output: Any, request: Generation, stream: TextStream) -> Delta:
+    """The prompt as a delta, each token but the first with its log probability where those are wanted."""
+    ids = request.prompt_ids
+    text, tokens = _spell(ids, output.prompt_logprobs, request, stream)
+    return Delta(text=text, prompt_tokens=tokens)
+
+
+def _read(output: Any, request: Generation, stream: TextStream) -> Delta:
     reason: FinishReason | None = output.finish_reason
     if reason not in (None, "stop", "length"):
-        raise RuntimeError(f"vLLM ended the request: {reason}")
+        raise RequestFailed(f"vLLM ended the request: {reason}")
     if request.max_tokens == 0:  # vLLM generates one token at least; who wants none gets the prompt alone
         return Delta(finish_reason="length")
-    scores = output.logprobs or [None] * len(output.token_ids)
-    tokens = tuple(
-        _describe(token, score, request.sampling.num_logprobs)
-        for token, score in zip(output.token_ids, scores, strict=True)
-    )
+    _, tokens = _spell(output.token_ids, output.logprobs, request, stream)
     return Delta(text=output.text, tokens=tokens, finish_reason=reason)
+
+
+def _spell(
+    ids: Sequence[int], scores: Sequence[Any] | None, request: Generation, stream: TextStream
+) -> tuple[str, tuple[Token, ...]]:
+    """The text that these tokens add, and each of them with what is wanted of it."""
+    number, text, tokens = request.sampling.num_logprobs, "", []
+    for id, score in zip(ids, scores or [None] * len(ids), strict=True):
+        token = _describe(id, score, number)
+        tokens.append(token if number is None else stream.spelling.label(token, stream.before))
+        text += stream.read([id])
+    return text, tuple(tokens)
 
 
 def _describe(token: int, scores: dict[int, Any] | None, number: int | None) -> Token:
@@ -135,6 +154,4 @@ def _describe(token: int, scores: dict[int, Any] | None, number: int | None) -> 
     if scores is None:
         return Token(token)
     ranked = sorted(scores.items(), key=lambda item: -item[1].logprob)[:number]
-    top = tuple(Token(other, score.decoded_token or "", score.logprob) for other, score in ranked)
-    own = scores[token]
-    return Token(token, own.decoded_token or "", own.logprob, top)
+    return Token(token, logprob=scores[token].logprob, top=tuple(Token(id, logprob=score.logprob) for id, score in ranked))

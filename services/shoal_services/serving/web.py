@@ -17,9 +17,10 @@ from starlette.exceptions import HTTPException
 
 from shoal_services.serving.events import first_line
 from shoal_services.serving.gateway import Gateway, VariantDown
-from shoal_services.serving.generation import QueueFull
+from shoal_services.serving.generation import OutOfMemory, QueueFull, RequestFailed
 from shoal_services.serving.guard import BodyLimit, check_key
 from shoal_services.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest, make_error
+from shoal_services.serving.refusals import explain_body
 from shoal_services.serving.routes import UnknownModel
 
 RETRY_AFTER_S = 1
@@ -95,12 +96,7 @@ def _add_error_shapes(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        complaint = error.errors()[0]
-        path = ".".join(str(part) for part in complaint["loc"] if part != "body")
-        if complaint["type"] == "extra_forbidden":
-            return shaped(400, f"unsupported parameter {path!r}", param=path, code="unsupported_parameter")
-        message = complaint["msg"].removeprefix("Value error, ")
-        return shaped(400, f"{path}: {message}" if path else message, param=path or None)
+        return JSONResponse(explain_body(error.errors()), 400)
 
     @app.exception_handler(HTTPException)
     async def plain(_request: Request, error: HTTPException) -> JSONResponse:
@@ -114,7 +110,7 @@ def _add_error_shapes(app: FastAPI) -> None:
 
     @app.exception_handler(ValueError)
     async def refused(_request: Request, error: ValueError) -> JSONResponse:
-        return shaped(400, first_line(error))
+        return shaped(400, first_line(error), code=getattr(error, "code", None))
 
     @app.exception_handler(TimeoutError)
     async def late(_request: Request, _error: TimeoutError) -> JSONResponse:
@@ -124,9 +120,12 @@ def _add_error_shapes(app: FastAPI) -> None:
     async def full(_request: Request, error: QueueFull) -> JSONResponse:
         return shaped(429, str(error), code="queue_full")
 
-    async def down(_request: Request, error: Exception) -> JSONResponse:
-        if isinstance(getattr(error, "cause", None), ValueError):
-            return shaped(400, first_line(error))
+    async def down(request: Request, error: Exception) -> JSONResponse:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ValueError):
+            return await refused(request, cause)
+        if isinstance(cause, RequestFailed) and not isinstance(cause, OutOfMemory):
+            return shaped(500, first_line(error))
         return shaped(503, f"the variant cannot answer now: {first_line(error)}")
 
     for kind in (VariantDown, RayServeException, RayError):
