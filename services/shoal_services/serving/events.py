@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from shoal_services.serving.answer import Answer
+from shoal_services.serving.failures import describe_failure
 from shoal_services.serving.generation import Piece
 from shoal_services.serving.protocol import ChatWriter, CompletionWriter, make_error, make_usage
 
@@ -26,7 +27,8 @@ async def write_events(answer: Answer, writer: CompletionWriter, wants_usage: bo
             yield _event(writer.usage_chunk(make_usage(sum(prompt_tokens.values()), completion_tokens)))
         yield "data: [DONE]\n\n"
     except Exception as error:
-        yield _event(make_error(500, f"the answer broke off: {first_line(error)}"))
+        status, message = describe_failure(error)
+        yield _event(make_error(status, f"the answer broke off: {message}"))
     finally:
         answer.close()
 
@@ -38,9 +40,3 @@ def _event(payload: dict[str, Any]) -> str:
 def count_tokens(pieces: list[Piece]) -> dict[str, int]:
     """The usage of a whole answer."""
     return make_usage(sum(piece.num_prompt_tokens for piece in pieces), sum(len(piece.delta.tokens) for piece in pieces))
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong in a replica, without the traceback that came with it."""
-    cause = getattr(error, "cause", None) or error
-    return (str(cause).splitlines() or [type(cause).__name__])[0]

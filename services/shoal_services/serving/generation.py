@@ -18,6 +18,10 @@ class EngineClosed(Exception):
     """The engine takes no more requests."""
 
 
+class EngineFailed(Exception):
+    """The engine has ended, and answers nothing any more."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are picked. Temperature 0 takes the most likely token; `top_k` 0 and `top_p` 1 keep all tokens.

@@ -40,7 +40,11 @@ def _watch(endpoint: Endpoint, read_settings: Callable[[], ServeSettings]) -> No
     except ValueError as error:
         console.print(f"the settings stay as they were: {error}")
         settings = endpoint.settings
-    for line in endpoint.reconcile(settings):
+    try:
+        lines = endpoint.reconcile(settings)
+    except ValueError as error:
+        lines = [f"the settings stay as they were: {error}"]
+    for line in lines:
         console.print(line)
 
 
