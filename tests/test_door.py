@@ -51,17 +51,22 @@ def gateway() -> Gateway:
 
 
 @pytest.fixture(scope="module")
-def address(gateway: Gateway) -> Iterator[tuple[str, int]]:
+def server(gateway: Gateway) -> Iterator[tuple[str, int]]:
     app = make_app(gateway)
-    app.body_within_s = 0.5
+    app.body_within_s = app.linger_s = 0.5
     with listening(app) as found:
         yield found
 
 
 @pytest.fixture
-def http(gateway: Gateway, address: tuple[str, int]) -> Iterator[httpx.Client]:
-    """A client of the open endpoint, for programs of this machine alone; tests change the gateway's policy."""
+def address(gateway: Gateway, server: tuple[str, int]) -> tuple[str, int]:
+    """Where the open endpoint is, for programs of this machine alone; tests change the gateway's policy."""
     gateway.keys, gateway.origins, gateway.local_only = KeyRing(None), [], True
+    return server
+
+
+@pytest.fixture
+def http(address: tuple[str, int]) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=f"http://{address[0]}:{address[1]}", timeout=20) as client:
         yield client
 
@@ -75,7 +80,7 @@ def locked(gateway: Gateway, http: httpx.Client, tmp_path: Path) -> str:
 
 
 def talk(address: tuple[str, int], *pieces: bytes, wait_s: float = 0.0) -> bytes:
-    """Everything that the endpoint says to these bytes until it closes, or says no more for a second."""
+    """Everything that the endpoint says to these bytes until it closes, or says no more for a while."""
     with socket.create_connection(address) as connection:
         for piece in pieces:
             connection.sendall(piece)
@@ -144,7 +149,7 @@ def test_what_is_not_there_is_said_in_openais_shape(http: httpx.Client, method: 
         ({"content-type": "application/json"}, b"", 400),
         ({"content-type": "application/json"}, b'{"\\ud800": 1}', 400),
         ({"content-type": "application/json"}, b"[" * 60_000, 400),
-        ({"content-type": "application/json"}, b'{"model": "\\ud800", "prompt": "x"}', 404),
+        ({"content-type": "application/json"}, b'{"model": "\\ud800", "prompt": "x"}', 400),
         ({"content-type": "application/json"}, b'{"model": "gone", "prompt": "x"}', 404),
         ({"content-type": "text/plain"}, b'{"model": "gone", "prompt": "x"}', 415),
         ({"content-type": "application/x-www-form-urlencoded"}, b'{"model": "gone", "prompt": "x"}', 415),
@@ -179,7 +184,9 @@ def test_head_says_what_get_says_but_the_body(http: httpx.Client):
 # Keys
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/dense", "/openapi.json", "/redoc", "/docs", "/nothing", "/tokenize"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/models/dense", "/openapi.json", "/redoc", "/docs", "/nothing", "/tokenize"]
+)
 def test_all_but_page_and_health_needs_a_key(http: httpx.Client, locked: str, path: str):
     assert http.get(path).status_code == 401
     assert http.get(path, headers={"authorization": f"Bearer {locked}x"}).status_code == 401
@@ -189,9 +196,8 @@ def test_all_but_page_and_health_needs_a_key(http: httpx.Client, locked: str, pa
 
 
 def test_a_stranger_is_answered_before_the_body_is_sent(address: tuple[str, int], locked: str):
-    started = time.monotonic()
     said = talk(address, post("content-type: application/json", "content-length: 60000"))
-    assert said.startswith(b"HTTP/1.1 401 ") and said.endswith(b"}") and time.monotonic() - started < 3.5
+    assert said.startswith(b"HTTP/1.1 401 ") and said.endswith(b"}")
     chunked = talk(address, post("transfer-encoding: chunked"), *[b"2000\r\n" + b"x" * 8192 + b"\r\n"] * 20)
     assert chunked.startswith(b"HTTP/1.1 401 ")
 
@@ -250,10 +256,10 @@ def test_bodies_over_the_limit_are_refused_however_they_come(address: tuple[str,
 
 
 def test_who_sends_too_slowly_is_not_waited_for(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch):
-    said = talk(address, post("content-length: 9", "content-type: application/json"), *[b"x"] * 5, wait_s=0.2)
+    said = talk(address, post("content-length: 9", "content-type: application/json"), *[b"x"] * 2, wait_s=0.2)
     assert said.startswith(b"HTTP/1.1 408 ") and b"still open" not in said
     monkeypatch.setattr(wire, "HEAD_WITHIN_S", 0.5)
-    said = talk(address, b"GET /health HTTP/1.1\r\n", *[b"x: y\r\n"] * 5, wait_s=0.2)
+    said = talk(address, b"GET /health HTTP/1.1\r\n", *[b"x: y\r\n"] * 2, wait_s=0.2)
     assert said.startswith(b"HTTP/1.1 408 ") and b"still open" not in said
     assert b"still open" not in talk(address), "nor one that says nothing"
 

@@ -20,8 +20,6 @@ from shoal_services.serving.settings import Limits
 
 # Whoever knocks may see the page, which holds nothing but itself, and whether the endpoint is well.
 PUBLIC = {"/", "/health", "/health/live"}
-BODY_WITHIN_S = 60.0
-LINGER_S = 2.0
 RETRY_AFTER_S = 1
 
 
@@ -37,14 +35,16 @@ class Policy(Protocol):
 class Door:
     """ASGI middleware around the whole application: origins, keys and sizes, in that order; errors in OpenAI's shape."""
 
-    def __init__(self, app: ASGIApp, policy: Policy, *, body_within_s: float = BODY_WITHIN_S):
-        self.app, self.policy, self.body_within_s = app, policy, body_within_s
+    body_within_s, linger_s = 60.0, 2.0
+
+    def __init__(self, app: ASGIApp, policy: Policy):
+        self.app, self.policy = app, policy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
         elif refusal := self._check_origin(scope["method"], Headers(scope=scope)):
-            await _refuse(refusal, scope, receive, send)
+            await self._refuse(refusal, scope, receive, send)
         else:
             # Keys travel in a header of their own and never in cookies: a page has no more than it was given.
             cors = CORSMiddleware(
@@ -56,7 +56,7 @@ class Door:
         headers = Headers(scope=scope)
         refusal = self._check_key(scope["path"], headers) or self._check_size(headers)
         if refusal is not None:
-            await _refuse(refusal, scope, receive, send)
+            await self._refuse(refusal, scope, receive, send)
             return
         try:
             async with asyncio.timeout(self.body_within_s):
@@ -68,7 +68,7 @@ class Door:
         if body is None:
             return  # gone before the body was whole
         if isinstance(body, Response):
-            await _refuse(body, scope, receive, send)
+            await self._refuse(body, scope, receive, send)
             return
         whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -120,6 +120,21 @@ class Door:
     def _too_large(self) -> Response:
         return make_error_response(413, f"the request's body is over {self.policy.limits.max_body_bytes} bytes")
 
+    async def _refuse(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers at once, then takes in for a moment what is still being sent: to close on it could lose the answer."""
+        headers = Headers(scope=scope)
+        if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+            await response(scope, receive, send)
+            return
+        response.headers["connection"] = "close"
+        await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.linger_s):
+                while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                    pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
     async def _read(self, receive: Receive) -> bytes | Response | None:
         """The body; the refusal of one that is too large; None if the client went away."""
         chunks, size = [], 0
@@ -142,22 +157,6 @@ def make_error_response(
     error: dict[str, Any] = make_error(status, message, **more)
     after = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else {}
     return Response(json.dumps(error), status, after | (headers or {}), "application/json")
-
-
-async def _refuse(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers at once, then takes in for a moment what is still being sent: to close on it could lose the answer."""
-    headers = Headers(scope=scope)
-    if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
-        await response(scope, receive, send)
-        return
-    response.headers["connection"] = "close"
-    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-    await send({"type": "http.response.body", "body": response.body, "more_body": True})
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_S):
-            while (message := await receive())["type"] == "http.request" and message.get("more_body"):
-                pass
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _is_local(host: str) -> bool:

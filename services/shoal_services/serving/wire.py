@@ -33,9 +33,9 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._head_bytes += len(data)
         super().data_received(data)
-        if self._head_timer is not None and self._head_bytes > HEAD_BYTES and not self.transport.is_closing():
+        self._head_bytes = self._head_bytes + len(data) if self._head_timer is not None else 0
+        if self._head_bytes > HEAD_BYTES and not self.transport.is_closing():
             self._end(431, f"the request's headers are over {HEAD_BYTES} bytes")
 
     def on_message_begin(self) -> None:
@@ -54,7 +54,6 @@ class Connection(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         self._have_head()
-        self._head_bytes = 0
         self._head_timer = self.loop.call_later(HEAD_WITHIN_S, self._give_up)
 
     def _have_head(self) -> None:
