@@ -119,6 +119,7 @@ def test_a_models_card_says_nothing_of_the_server(http: httpx.Client):
     assert set(cards) == {"dense", "org/name", "a b/ü"}
     assert set(cards["dense"]) == {"id", "object", "created", "owned_by", "perplexity", "num_parameters"}
     assert cards["dense"] == http.get("/v1/models/dense").json()
+    assert http.get("/v1/models/").json() == http.get("/v1/models").json()
 
 
 @pytest.mark.parametrize(
@@ -267,9 +268,12 @@ def test_who_sends_too_slowly_is_not_waited_for(address: tuple[str, int], monkey
 def test_heads_are_limited_and_what_is_not_http_is_refused_in_words(address: tuple[str, int]):
     said = talk(address, b"GET /health HTTP/1.1\r\nx: ", b"y" * 40_000, b"y" * 40_000)
     assert said.startswith(b"HTTP/1.1 431 ")
-    said = talk(address, b"\x16\x03\x01\x02\x00\x01\r\n\r\n")
-    head, _, body = said.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 400 ") and json.loads(body)["error"]["message"]
+    for wrong in (
+        b"\x16\x03\x01\x02\x00\x01", b"GET", b"GET /\xff HTTP/1.1", b"CONNECT x:1 HTTP/1.1",
+        b"POST /v1/completions HTTP/1.1\r\ncontent-length: -1", b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz",
+    ):  # fmt: skip
+        head, _, body = talk(address, wrong + b"\r\n\r\n").partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ") and json.loads(body)["error"]["message"], (wrong, head, body)
 
 
 def test_old_http_is_spoken_too(address: tuple[str, int], http: httpx.Client):

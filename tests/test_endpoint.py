@@ -375,7 +375,8 @@ def test_clients_that_go_away_harm_nobody(endpoint: Endpoint, http: httpx.Client
 
 def test_who_goes_away_before_the_answer_is_there_frees_the_row(endpoint: Endpoint):
     body = json.dumps(SMALL | {"max_tokens": 200}).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    headers = ["host: localhost", "content-type: application/json", f"content-length: {len(body)}"]
+    head = "\r\n".join([f"POST {COMPLETIONS} HTTP/1.1", *headers, "", ""])
 
     def wait_behind_others(*, leave: bool) -> float:
         others = [socket.create_connection((endpoint.settings.host, endpoint.settings.port)) for _ in range(10)]

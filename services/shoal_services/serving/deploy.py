@@ -7,7 +7,9 @@ request sees the change.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -96,8 +98,8 @@ class Fleet:
     def _serve(self, name: str, place: str) -> bool:
         """Makes sure that variant `name` is served from `place`; False if it was already."""
         variant = self.settings.variants[name]
-        version = find_version(place, variant.model_dump(), self.settings.limits.model_dump())
-        served = Served(f"{name}-{version}", place, SHELF if variant.shared else None)
+        version = find_version(place, name, variant.model_dump(), self.settings.limits.model_dump())
+        served = Served(f"{make_safe(name)}-{version}", place, SHELF if variant.shared else None)
         if self.served.get(name) == served or served.app in self._broken:
             return False
         if variant.shared:
@@ -258,19 +260,29 @@ class Endpoint(Fleet):
 
     def stop(self) -> None:
         """Lets running requests finish, then ends Serve, and Ray where it was started here."""
-        # The gateway first, which waits for its answers: Serve's own shutdown waits for half a minute at most.
+        with contextlib.suppress(KeyboardInterrupt):  # a second one: at once
+            if self._told is not None:
+                self._drain()
+            serve.shutdown()
+        if self._started_ray:
+            ray.shutdown()
+
+    def _drain(self) -> None:
+        """The gateway first, which waits for its answers: Serve's own shutdown waits for half a minute at most."""
         serve.delete(GATEWAY, _blocking=False)
         until = time.monotonic() + find_grace_s(self.settings.limits) + STOP_S
         while GATEWAY in serve.status().applications and time.monotonic() < until:
             time.sleep(0.2)
-        serve.shutdown()
-        if self._started_ray:
-            ray.shutdown()
 
 
 def resolve(model: str, tracking_uri: str | None) -> str:
     """Where a model's weights are. Raises ValueError for a registry name that leads nowhere."""
     return find_registered(model, tracking_uri) if model.startswith(REGISTRY) else model
+
+
+def make_safe(name: str) -> str:
+    """A variant's name as Serve takes it, in names of applications and of files: `org/name` → org-name."""
+    return re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)
 
 
 def _is_running(app: str) -> bool:

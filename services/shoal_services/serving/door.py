@@ -54,7 +54,7 @@ class Door:
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        refusal = self._check_key(scope["path"], headers) or self._check_size(headers)
+        refusal = self._check_key(scope["path"].removeprefix(scope["root_path"]), headers) or self._check_size(headers)
         if refusal is not None:
             await self._refuse(refusal, scope, receive, send)
             return

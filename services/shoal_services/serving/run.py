@@ -29,7 +29,7 @@ def run_endpoint(read_settings: Callable[[], ServeSettings]) -> None:
             time.sleep(endpoint.settings.watch_every_s)
             _watch(endpoint, read_settings)
     except KeyboardInterrupt:
-        console.print("stopping: running requests finish first")
+        console.print("stopping: running requests finish first; once more stops at once")
     finally:
         endpoint.stop()
 

@@ -57,7 +57,7 @@ def make_app(gateway: Gateway) -> Door:
 
     @app.get("/v1/models/{model:path}", responses={401: errors[401], 404: errors[404]})
     async def one_model(model: str) -> dict[str, Any]:
-        return gateway.describe_model(model)
+        return gateway.describe_model(model) if model else gateway.list_models()
 
     @app.get("/health", responses={503: {"description": "A variant cannot answer"}})
     async def health() -> Response:
