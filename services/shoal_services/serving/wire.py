@@ -65,9 +65,10 @@ class Connection(HttpToolsProtocol):
         self._end(408, f"the request's headers did not come within {HEAD_WITHIN_S:g} s")
 
     def _end(self, status: int, message: str) -> None:
-        """Says so and closes; only closes where an earlier request's answer is under way."""
+        """Says so and closes; only closes where an answer is under way."""
         self._have_head()
-        if self.cycle is None or self.cycle.response_complete:
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
             response = make_error_response(status, message, headers={"connection": "close"})
             lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()]
             lines += [name + b": " + value for name, value in response.raw_headers]
