@@ -41,7 +41,8 @@ class Outbox:
     """A replica's end. `put` and `flush` belong to the engine's thread."""
 
     def __init__(self) -> None:
-        self._context = zmq.Context.instance()
+        # The process's one: a context of its own could wait for ever for its sockets when both are collected.
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
         self._waiting: dict[tuple[str, bytes], list[tuple[int, Piece]]] = defaultdict(list)
         self._encoder = msgspec.msgpack.Encoder()
