@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from shoal.store import save
 from shoal_services.promote import promote
 from shoal_services.registry import find_registered
 from shoal_services.serving.deploy import Endpoint
-from shoal_services.serving.guard import Key, KeyRing, add_key
+from shoal_services.serving.guard import Key, KeyRing, add_key, revoke_key
 from shoal_services.serving.load import Load, run_load
 from shoal_services.serving.routes import Router, UnknownModel
 from shoal_services.serving.settings import Limits, ServeSettings, ShadowSettings, ShelfSettings, VariantSettings
@@ -232,7 +233,7 @@ def test_a_prompt_is_counted_once_whatever_comes_of_it(client: openai.OpenAI, st
 def test_unknown_paths_and_methods_have_the_shape_too(http: httpx.Client):
     assert http.get("/v1/nothing").json()["error"]["message"]
     assert http.get(COMPLETIONS).status_code == 405
-    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/health").json() == {"status": "ok", "variants": {"dense": "ready", "balanced": "ready"}}
 
 
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
@@ -395,9 +396,8 @@ def test_clients_that_go_away_harm_nobody(endpoint: Endpoint, http: httpx.Client
 
 def test_who_goes_away_before_the_answer_is_there_frees_the_row(endpoint: Endpoint):
     body = json.dumps(SMALL | {"max_tokens": 200}).encode()
-    head = (
-        f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
+    headers = ["host: localhost", "content-type: application/json", f"content-length: {len(body)}"]
+    head = "\r\n".join([f"POST {COMPLETIONS} HTTP/1.1", *headers, "", ""])
 
     def wait_behind_others(*, leave: bool) -> float:
         others = [socket.create_connection((endpoint.settings.host, endpoint.settings.port)) for _ in range(10)]
@@ -417,7 +417,7 @@ def test_who_goes_away_before_the_answer_is_there_frees_the_row(endpoint: Endpoi
     assert wait_behind_others(leave=True) < wait_behind_others(leave=False) / 2
 
 
-def test_a_killed_replica_costs_the_requests_on_it_and_no_others(endpoint: Endpoint):
+def test_a_killed_replica_costs_the_requests_on_it_and_no_others(endpoint: Endpoint, http: httpx.Client):
     def find_replica() -> int | None:
         family = psutil.Process().children(recursive=True)
         return next((p.pid for p in family if "ServeReplica:balanced" in " ".join(p.cmdline())), None)
@@ -428,6 +428,11 @@ def test_a_killed_replica_costs_the_requests_on_it_and_no_others(endpoint: Endpo
         statuses = pool.submit(send, endpoint, "balanced", 90, rate_per_s=6.0)
         time.sleep(3)
         os.kill(replica, signal.SIGKILL)
+        while (health := http.get("/health")).status_code == 200:
+            assert not statuses.done(), "health never said it"
+            time.sleep(0.1)
+        assert health.json()["variants"]["dense"] == "ready" != health.json()["variants"]["balanced"]
+        assert http.get("/health/live").status_code == 200
         found = Counter(statuses.result())
     # A request takes far less than a second here: few of six a second are on the replica at one time. Those that come
     # before the next replica is up wait for it, as many as the queue holds.
@@ -507,8 +512,65 @@ def test_with_keys_strangers_stay_out(endpoint: Endpoint, tmp_path: Path):
         with pytest.raises(openai.RateLimitError, match="6 requests a minute") as caught:
             limited.models.list()
         assert int(caught.value.response.headers["retry-after"]) >= 1
+        for name in ("ours", "slow"):
+            revoke_key(file, name)
+        (said,) = endpoint.reconcile()
+        assert said.startswith("nobody gets in: ") and endpoint.reconcile() == []
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=url, api_key=secret, max_retries=0).models.list()
+        anybody = before.model_copy(update={"host": "0.0.0.0", "keys": None, "allow_anonymous": False})
+        endpoint.settings = anybody.model_copy(update={"keys": file})
+        with pytest.raises(ValueError, match="no API keys are set"):
+            endpoint.reconcile(before)  # a file that says another host does not move where it listens
+        endpoint.settings = before.model_copy(update={"keys": file})
     finally:
         endpoint.reconcile(before)
+
+
+@pytest.mark.slow
+def test_a_stop_waits_for_streams_longer_than_half_a_minute(tiny_random: str, tmp_path: Path):
+    """By the command itself: whoever streams at SIGTERM goes on, nobody else gets in, and nothing red is printed."""
+    port, log = free_port(), tmp_path / "log.txt"
+    limits = {"max_batch_size": 1, "max_context": 2048, "drain_s": 300}
+    (tmp_path / "serve.yaml").write_text(
+        json.dumps({"port": port, "variants": {"dense": {"model": tiny_random}}, "limits": limits})
+    )
+    with log.open("w") as output:
+        process = subprocess.Popen(["shoal", "serve", str(tmp_path / "serve.yaml")], stdout=output, stderr=output)
+    base = f"http://127.0.0.1:{port}"
+
+    def find_health() -> int:
+        try:
+            return httpx.get(f"{base}/health").status_code
+        except httpx.TransportError:
+            return 0
+
+    while find_health() != 200:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.5)
+    request = {"model": "dense", "prompt": "The sea", "max_tokens": 2000, "ignore_eos": True, "stream": True, "n": 1}
+    ended_at: list[float] = []
+
+    def stream(_number: int) -> None:
+        with httpx.stream("POST", f"{base}{COMPLETIONS}", json=request, timeout=300) as response:
+            *_, last = (line for line in response.iter_lines() if line)
+        assert last == "data: [DONE]"
+        ended_at.append(time.monotonic())
+
+    with ThreadPoolExecutor(60) as pool:
+        streams = [pool.submit(stream, number) for number in range(60)]
+        time.sleep(5)
+        process.send_signal(signal.SIGTERM)
+        stopped_at = time.monotonic()
+        while find_health() != 0:
+            assert time.monotonic() - stopped_at < 30
+            time.sleep(0.2)
+        for one in streams:
+            one.result()
+    assert process.wait(timeout=60) == 0
+    assert max(ended_at) - stopped_at > 31, "too fast to tell"
+    said = log.read_text()
+    assert "running requests finish first" in said and "retries" not in said and "\x1b[31m" not in said, said
 
 
 def test_a_rate_is_kept_over_time():

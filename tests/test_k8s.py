@@ -295,6 +295,12 @@ MISTAKES: list[tuple[str, Callable[[Objects], object], str, str]] = [
         "serve",
         "say 0.0.0.0",
     ),
+    (
+        "proxies that cut long answers",
+        set_serve(lambda c: c["http_options"].update(request_timeout_s=180)),
+        "serve",
+        "request_timeout_s 180 cuts answers",
+    ),
     ("proxies on another port", set_serve(lambda c: c["http_options"].update(port=8001)), "serve", "leads to 8000"),
     (
         "another image than rayVersion",
@@ -524,7 +530,13 @@ MISTAKES: list[tuple[str, Callable[[Objects], object], str, str]] = [
         "a pod that ends before its streams",
         lambda o: pod_of(o, ENDPOINT, 0).update(terminationGracePeriodSeconds=30),
         "capacity",
-        "less than limits.timeout_s 120",
+        "less than limits.drain_s 120",
+    ),
+    (
+        "a cluster that ends before its streams",
+        lambda o: o[ENDPOINT]["spec"].update(rayClusterDeletionDelaySeconds=60),
+        "capacity",
+        "rayClusterDeletionDelaySeconds 60 is less than limits.drain_s 120",
     ),
 ]
 

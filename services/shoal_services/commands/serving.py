@@ -100,7 +100,7 @@ def bench_serve(
 def add_key(
     name: Annotated[str, typer.Argument(help="Whose key it is.")],
     file: KeyFile = Path("keys.json"),
-    requests_per_minute: Annotated[int | None, typer.Option(help="Rate limit, for each gateway.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Rate limit, for each gateway.")] = None,
 ) -> None:
     """Make a key and print it, once: the file keeps its hash alone.
 
@@ -115,7 +115,7 @@ def add_key(
 
 @keys.command("revoke")
 def revoke_key(name: Annotated[str, typer.Argument(help="Whose key.")], file: KeyFile = Path("keys.json")) -> None:
-    """Take a key out of the file; a running endpoint notices at its next look.
+    """Take a key out of the file; a running endpoint notices at its next look. Without any left, nobody gets in.
 
     Examples:
 
@@ -134,7 +134,7 @@ def list_keys(file: KeyFile = Path("keys.json")) -> None:
 
         shoal keys list
     """
-    from shoal_services.serving.guard import KeyRing
+    from shoal_services.serving.guard import read_keys
 
-    for key in KeyRing.load(file).keys:
+    for key in read_keys(file):
         print(key.name, f"{key.requests_per_minute} requests a minute" if key.requests_per_minute else "no limit", sep="\t")

@@ -127,11 +127,14 @@ def _check_variants(manifest: Manifest, application: dict[str, Any]) -> Iterator
 
 
 def _check_drain(manifest: Manifest, application: dict[str, Any]) -> Iterator[str]:
-    """A worker's pod may take as long to end as its last answer."""
+    """Whatever ends an endpoint's pods or cluster waits as long as answers may go on."""
     from shoal_services.serving.app import read_settings
 
-    longest = read_settings(application.get("args", {})).limits.timeout_s
+    drain = read_settings(application.get("args", {})).limits.drain_s
     for pod in iter_pods(manifest):
-        if pod.part.startswith("worker") and pod.template["spec"].get("terminationGracePeriodSeconds", 0) < longest:
-            grace = pod.template["spec"].get("terminationGracePeriodSeconds")
-            yield f"{pod.part}: terminationGracePeriodSeconds {grace} is less than limits.timeout_s {longest:g}"
+        grace = pod.template["spec"].get("terminationGracePeriodSeconds", 0)
+        if pod.part.startswith("worker") and grace < drain:
+            yield f"{pod.part}: terminationGracePeriodSeconds {grace} is less than limits.drain_s {drain:g}"
+    delay = manifest["spec"].get("rayClusterDeletionDelaySeconds", 60)
+    if delay < drain:
+        yield f"rayClusterDeletionDelaySeconds {delay} is less than limits.drain_s {drain:g}"

@@ -71,6 +71,8 @@ def _check_http(config: dict[str, Any]) -> Iterator[str]:
         yield f"http_options.host {http['host']!r}: the pods' service cannot reach it; say 0.0.0.0"
     if http.get("port", SERVE_PORT) != SERVE_PORT:
         yield f"http_options.port {http['port']}: KubeRay's service leads to {SERVE_PORT}"
+    if http.get("request_timeout_s"):
+        yield f"http_options.request_timeout_s {http['request_timeout_s']} cuts answers that still come; leave it out"
 
 
 def _check_application(application: dict[str, Any]) -> Iterator[str]:

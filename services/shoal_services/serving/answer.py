@@ -12,7 +12,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from shoal_services.serving.channel import Inbox
 from shoal_services.serving.course import Course
-from shoal_services.serving.generation import Piece
+from shoal_services.serving.failures import BrokenOff
+from shoal_services.serving.generation import Delta, Piece
 
 # A call has returned: its last piece is on the way, unless a message was lost.
 LAST_PIECE_S = 5.0
@@ -38,12 +39,19 @@ class Answer:
         self._watches = [asyncio.create_task(self._watch(i, r)) for i, r in enumerate(self._responses)]
 
     async def take_firsts(self) -> None:
-        """Waits for the first piece of every call; they stay in the answer. Raises what a call raises."""
+        """Waits for the first piece of every call; they stay in the answer. Raises what a call raises, and TimeoutError."""
         seen: set[int] = set()
         while len(seen) < self.num_calls:
             index, piece = await self._take()
             seen.add(index)
             self._backlog.append((index, piece))
+
+    async def collect(self) -> list[Piece]:
+        """The whole answer of every call, put together from its pieces. Raises what a call raises."""
+        pieces: list[list[Piece]] = [[] for _ in range(self.num_calls)]
+        async for index, piece in self:
+            pieces[index].append(piece)
+        return [Piece(Delta.join([one.delta for one in own]), own[-1].num_prompt_tokens) for own in pieces]
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
         """Call numbers and pieces until all calls have finished. Raises TimeoutError if nothing comes for `timeout_s`."""
@@ -51,18 +59,14 @@ class Answer:
             if self._backlog:
                 index, piece = self._backlog.pop(0)
             else:
-                index, piece = await self._take_in_time()
+                index, piece = await self._take()
             if piece.delta.finish_reason is not None:
                 self._open.discard(index)
             yield index, piece
 
-    async def _take_in_time(self) -> tuple[int, Piece]:
-        try:
-            async with asyncio.timeout(self.timeout_s):
-                return await self._take()
-        except TimeoutError as error:
-            self._failed = True
-            raise TimeoutError(f"nothing more came for {self.timeout_s:g} s") from error
+    def fail(self, error: Exception) -> None:
+        """Lets whoever waits for more have this error instead."""
+        self._queue.put_nowait((0, error))
 
     def close(self) -> None:
         """Ends the calls that have not finished, and hears no more of them."""
@@ -77,7 +81,12 @@ class Answer:
         self._queue.put_nowait((index, piece))
 
     async def _take(self) -> tuple[int, Piece]:
-        index, item = await self._queue.get()
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                index, item = await self._queue.get()
+        except TimeoutError as error:
+            self._failed = True
+            raise TimeoutError(f"no token came for {self.timeout_s:g} s, the endpoint's limit; try again later") from error
         if isinstance(item, BaseException):
             self._failed = True
             raise item
@@ -89,7 +98,7 @@ class Answer:
             await response
             if index in self._open:
                 await asyncio.sleep(LAST_PIECE_S)
-                self._queue.put_nowait((index, ConnectionError("the answer's last piece did not arrive")))
+                self._queue.put_nowait((index, BrokenOff("the answer's last piece did not arrive")))
         except Exception as error:
             self._queue.put_nowait((index, error))
 

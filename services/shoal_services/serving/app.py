@@ -13,7 +13,6 @@ import threading
 import time
 from typing import Any, cast
 
-from fastapi import FastAPI
 from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayError
@@ -23,8 +22,9 @@ from shoal.recipe import fingerprint
 
 from shoal_services.complaints import explain_validation
 from shoal_services.serving.deploy import Fleet
+from shoal_services.serving.door import Door
 from shoal_services.serving.gateway import Gateway
-from shoal_services.serving.listener import DRAIN_S
+from shoal_services.serving.listener import find_grace_s
 from shoal_services.serving.settings import ServeSettings
 from shoal_services.serving.web import make_app
 
@@ -45,7 +45,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     gateway = cast(serve.Deployment, serve.deployment(serve.ingress()(Ingress))).options(
         name="gateway", num_replicas=settings.gateways, ray_actor_options={"num_cpus": GATEWAY_CPUS},
         # What is too much is refused by the variants, in OpenAI's words; streams last as long as they like.
-        max_ongoing_requests=1000, max_surge_percent=100, graceful_shutdown_timeout_s=DRAIN_S,
+        max_ongoing_requests=1000, max_surge_percent=100, graceful_shutdown_timeout_s=find_grace_s(settings.limits),
     )  # fmt: skip
     return gateway.bind(rollout.bind(settings.model_dump(mode="json")))
 
@@ -70,6 +70,7 @@ class Rollout(Fleet):
         self._ended = threading.Event()
         self._config: dict[str, Any] = {}
         super().__init__(ServeSettings.model_validate(settings))
+        self.require_keys()
         problems = self.reconcile()
         if not self.served:
             raise ValueError("; ".join(problems))
@@ -109,7 +110,7 @@ class Ingress:
         await self._ask()
         self._following = asyncio.create_task(self._follow())
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Door:
         return make_app(self.gateway)
 
     def check_health(self) -> None:

@@ -41,7 +41,8 @@ class Outbox:
     """A replica's end. `put` and `flush` belong to the engine's thread."""
 
     def __init__(self) -> None:
-        self._context = zmq.Context()
+        # The process's one: a context of its own could wait for ever for its sockets when both are collected.
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
         self._waiting: dict[tuple[str, bytes], list[tuple[int, Piece]]] = defaultdict(list)
         self._encoder = msgspec.msgpack.Encoder()
@@ -75,7 +76,7 @@ class Inbox:
         self._listeners: dict[int, Callable[[Piece], object]] = {}
         self._numbers = itertools.count()
         self._decoder = msgspec.msgpack.Decoder(Message)
-        self._socket = zmq.asyncio.Context().socket(zmq.PULL)
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.IPV6, 1)
         port = self._socket.bind_to_random_port(f"tcp://{f'[{host}]' if ':' in host else host}")

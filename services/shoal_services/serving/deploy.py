@@ -7,7 +7,9 @@ request sees the change.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -19,8 +21,8 @@ from shoal.recipe import fingerprint
 
 from shoal_services.cluster import connect
 from shoal_services.registry import REGISTRY, find_registered
-from shoal_services.serving.guard import KeyRing
-from shoal_services.serving.listener import DRAIN_S, Listener, require_free_port
+from shoal_services.serving.guard import require_keys
+from shoal_services.serving.listener import Listener, find_grace_s, require_free_port
 from shoal_services.serving.observer import Observer
 from shoal_services.serving.settings import ServeSettings
 from shoal_services.serving.shelf import make_shelf
@@ -31,6 +33,8 @@ GATEWAY, OBSERVER, SHELF, VARIANT = "gateway", "observer", "shelf", "variant"
 # Calls on their way to being refused by a replica.
 REFUSED_AT_ONCE = 16
 CHECK_S = 120
+# Until Serve's controller has noticed that a replica has ended.
+STOP_S = 5
 CODE_VERSION = "1"
 
 
@@ -53,6 +57,12 @@ class Fleet:
         self._said: set[str] = set()
         self._observed = False
         self._shelved: dict[str, dict[str, Any]] = {}
+        self._locked: str | None = None
+
+    def require_keys(self) -> None:
+        """Raises ValueError if there should be keys to begin with, and are none."""
+        if self.settings.keys is not None:
+            require_keys(self.settings.keys)
 
     def tell(self, config: dict[str, Any]) -> None:
         """Lets the gateways know what there is: the argument of `Gateway.reconfigure`."""
@@ -78,15 +88,18 @@ class Fleet:
         for name in set(self.served) - set(self.settings.variants):
             del self.served[name]
             done.append(f"{name} is not served any more")
+        locked = self._locked
         self.tell(self.describe())
+        if self._locked not in (None, locked):
+            done.append(f"nobody gets in: {self._locked}")
         self._retire()
         return done
 
     def _serve(self, name: str, place: str) -> bool:
         """Makes sure that variant `name` is served from `place`; False if it was already."""
         variant = self.settings.variants[name]
-        version = find_version(place, variant.model_dump(), self.settings.limits.model_dump())
-        served = Served(f"{name}-{version}", place, SHELF if variant.shared else None)
+        version = find_version(place, name, variant.model_dump(), self.settings.limits.model_dump())
+        served = Served(f"{make_safe(name)}-{version}", place, SHELF if variant.shared else None)
         if self.served.get(name) == served or served.app in self._broken:
             return False
         if variant.shared:
@@ -112,7 +125,8 @@ class Fleet:
             _internal=True, version=fingerprint([CODE_VERSION, settings.model_dump(), limits.model_dump()]),
             name=SHELF, num_replicas=settings.replicas, user_config=self._shelved,
             max_ongoing_requests=settings.max_loaded * (limits.max_batch_size + limits.max_queued) + REFUSED_AT_ONCE,
-            max_queued_requests=max(1, limits.max_queued), health_check_period_s=1, graceful_shutdown_timeout_s=DRAIN_S,
+            max_queued_requests=max(1, limits.max_queued), health_check_period_s=1,
+            graceful_shutdown_timeout_s=find_grace_s(limits),
             ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
         )  # fmt: skip
         serve.run(deployment.bind(limits.model_dump()), name=SHELF, route_prefix=None)
@@ -152,13 +166,13 @@ class Fleet:
         return OBSERVER
 
     def describe(self) -> dict[str, Any]:
-        """What the gateway has to know, of what is served by now. Raises ValueError if the key file cannot be read."""
+        """What the gateway has to know, of what is served by now."""
         settings, served = self.settings, self.served
         variants = {
             name: {
                 "app": one.app,
                 "shelf": one.shelf,
-                "source": one.place,
+                "sleeps": settings.variants[name].min_replicas == 0,
                 **settings.variants[name].model_dump(include={"perplexity", "num_parameters"}),
             }
             for name, one in served.items()
@@ -167,15 +181,27 @@ class Fleet:
             route: {name: weight for name, weight in weights.items() if name in served}
             for route, weights in settings.routes.items()
         }
-        keys = KeyRing.load(settings.keys).keys if settings.keys else []
         return {
             "variants": variants,
             "routes": {route: weights for route, weights in routes.items() if any(weights.values())},
             "shadows": {n: s.model_dump() for n, s in settings.shadows.items() if {n, s.variant} <= set(served)},
             "observer": self._observe(),
             "limits": settings.limits.model_dump(),
-            "keys": [key.model_dump() for key in keys],
+            "keys": self._find_keys(),
+            "origins": settings.origins,
+            "local_only": settings.local_only,
         }
+
+    def _find_keys(self) -> list[dict[str, Any]] | None:
+        """The keys as they are now. What the file does not hold opens nothing, also where it is gone or damaged."""
+        self._locked = None
+        if self.settings.keys is None:
+            return None
+        try:
+            return [key.model_dump() for key in require_keys(self.settings.keys)]
+        except ValueError as error:
+            self._locked = str(error)
+            return []
 
 
 class Endpoint(Fleet):
@@ -197,6 +223,7 @@ class Endpoint(Fleet):
         Raises ValueError for a model that cannot be found or served, OSError if the port is taken.
         """
         require_free_port(self.settings.host, self.settings.port)
+        self.require_keys()
         places = {name: resolve(v.model, self.settings.tracking_uri) for name, v in self.settings.variants.items()}
         listen("start Ray", 0, 1)
         self._started_ray = not ray.is_initialized()
@@ -211,6 +238,13 @@ class Endpoint(Fleet):
         self.tell(self.describe())
         listen("start variants", len(places), len(places))
 
+    def reconcile(self, settings: ServeSettings | None = None) -> list[str]:
+        """As `Fleet.reconcile`. Raises ValueError for settings that are wrong where it listens, which stays what it is."""
+        here = {name: getattr(self.settings, name) for name in ("host", "port", "address")}
+        if settings is not None and any(getattr(settings, name) != value for name, value in here.items()):
+            settings = ServeSettings.model_validate(settings.model_dump() | here)
+        return super().reconcile(settings)
+
     def tell(self, config: dict[str, Any]) -> None:
         """Deploys the gateway, or tells it what changed: with an equal version Serve only calls `reconfigure`."""
         if config == self._told:
@@ -218,21 +252,37 @@ class Endpoint(Fleet):
         deployment = cast(serve.Deployment, serve.deployment(Listener)).options(
             # Without a version of ours, Serve makes one up and starts new replicas at every call.
             _internal=True, version=CODE_VERSION, name=GATEWAY, num_replicas=self.settings.gateways, user_config=config,
-            ray_actor_options=self._here(), health_check_period_s=1, graceful_shutdown_timeout_s=DRAIN_S + 5,
+            ray_actor_options=self._here(), health_check_period_s=1,
+            graceful_shutdown_timeout_s=find_grace_s(self.settings.limits),
         )  # fmt: skip
         serve.run(deployment.bind(self.settings.host, self.settings.port), name=GATEWAY, route_prefix=None)
         self._told = config
 
     def stop(self) -> None:
         """Lets running requests finish, then ends Serve, and Ray where it was started here."""
-        serve.shutdown()
+        with contextlib.suppress(KeyboardInterrupt):  # a second one: at once
+            if self._told is not None:
+                self._drain()
+            serve.shutdown()
         if self._started_ray:
             ray.shutdown()
+
+    def _drain(self) -> None:
+        """The gateway first, which waits for its answers: Serve's own shutdown waits for half a minute at most."""
+        serve.delete(GATEWAY, _blocking=False)
+        until = time.monotonic() + find_grace_s(self.settings.limits) + STOP_S
+        while GATEWAY in serve.status().applications and time.monotonic() < until:
+            time.sleep(0.2)
 
 
 def resolve(model: str, tracking_uri: str | None) -> str:
     """Where a model's weights are. Raises ValueError for a registry name that leads nowhere."""
     return find_registered(model, tracking_uri) if model.startswith(REGISTRY) else model
+
+
+def make_safe(name: str) -> str:
+    """A variant's name as Serve takes it, in names of applications and of files: `org/name` → org-name."""
+    return re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)
 
 
 def _is_running(app: str) -> bool:
@@ -260,7 +310,7 @@ def _make_variant(name: str, place: str, settings: ServeSettings) -> serve.Appli
         ray_actor_options={"num_cpus": variant.cpus_per_replica, "num_gpus": variant.gpus_per_replica},
         max_constructor_retry_count=2,
         health_check_period_s=1,
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=find_grace_s(limits),
         **scaling,
     )
     return deployment.bind(name, place, variant.model_dump(), limits.model_dump())

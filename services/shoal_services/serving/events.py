@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from shoal_services.serving.answer import Answer
+from shoal_services.serving.failures import describe_failure
 from shoal_services.serving.protocol import make_error
 from shoal_services.serving.writers import ChatWriter, CompletionWriter
 
@@ -27,16 +28,11 @@ async def write_events(answer: Answer, writer: CompletionWriter, wants_usage: bo
             yield _event(writer.usage_chunk(prompt_tokens, completion_tokens))
         yield "data: [DONE]\n\n"
     except Exception as error:
-        yield _event(make_error(500, f"the answer broke off: {first_line(error)}"))
+        status, message = describe_failure(error)
+        yield _event(make_error(status, f"the answer broke off: {message}"))
     finally:
         answer.close()
 
 
 def _event(payload: dict[str, Any]) -> str:
     return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong in a replica, without the traceback that came with it."""
-    cause = getattr(error, "cause", None) or error
-    return (str(cause).splitlines() or [type(cause).__name__])[0]

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
 
 import ray
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.handle import DeploymentHandle
 
-from shoal_services.serving.answer import Answer, cancel
+from shoal_services.serving.answer import Answer
 from shoal_services.serving.channel import Inbox
 from shoal_services.serving.course import Course
 from shoal_services.serving.events import write_events
 from shoal_services.serving.experiments import Experiments
-from shoal_services.serving.generation import Call, Piece, QueueFull
+from shoal_services.serving.failures import BrokenOff, VariantDown
+from shoal_services.serving.generation import Call, QueueFull
 from shoal_services.serving.guard import Key, KeyRing
+from shoal_services.serving.health import Health
 from shoal_services.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from shoal_services.serving.routes import Router
 from shoal_services.serving.settings import Limits, ShadowSettings
 from shoal_services.serving.writers import ChatWriter, CompletionWriter
 
-
-class VariantDown(Exception):
-    """A variant has no replica that answers."""
+# What a card says of a variant to those who ask for models; the rest is the endpoint's own, as names of applications.
+SHOWN = ("perplexity", "num_parameters")
 
 
 class Gateway:
@@ -39,19 +41,24 @@ class Gateway:
 
     def __init__(self) -> None:
         self.limits, self.keys = Limits(), KeyRing([])
+        self.origins: list[str] = []
+        self.local_only = True
         self.started_at = int(time.time())
         self.router = Router({}, {})
         self.handles: dict[str, DeploymentHandle] = {}
         self.inbox = Inbox(ray.util.get_node_ip_address())
         self.experiments = Experiments({}, self._handle, None)
+        self.health = Health(lambda: self.router.variants)
+        self._answers: WeakSet[Answer] = WeakSet()
 
     def reconfigure(self, config: dict[str, Any]) -> None:
-        """`variants`: public name → {app, shelf, and what the playground shows}; `routes`: name → weights; `shadows`:
-        variant → {variant, share}; `observer`: the application that hears of both; `limits` and `keys`, hashed."""
+        """`variants`: public name → {app, shelf, sleeps, and what the playground shows}; `routes`: name → weights;
+        `shadows`: variant → {variant, share}; `observer`: the application that hears of both; `limits`; `keys`, hashed, or
+        None; `origins` and `local_only`, as the door takes them."""
         self.limits = Limits.model_validate(config["limits"])
-        keys = [Key.model_validate(key) for key in config["keys"]]
-        if keys != self.keys.keys:
-            self.keys = KeyRing(keys)
+        keys = config["keys"]
+        self.keys.replace(None if keys is None else [Key.model_validate(key) for key in keys])
+        self.origins, self.local_only = config["origins"], config["local_only"]
         self.router = Router(config["variants"], config["routes"])
         self.handles = {
             card["app"]: self.handles.get(card["app"]) or _get_handle(card["app"], card["shelf"])
@@ -93,23 +100,28 @@ class Gateway:
         messages = tuple(message.as_template_input() for message in request.messages or ())
         prompt = messages if request.prompt is None else request.prompt
         handle = self._handle(self.router.choose(request.model, None))
-        return await handle.tokenize.remote(prompt, request.add_special_tokens)
+        async with asyncio.timeout(self.limits.timeout_s):
+            return await handle.tokenize.remote(prompt, request.add_special_tokens)
 
     def list_models(self) -> dict[str, Any]:
         """/v1/models: variants and routes, each with what is known of it."""
         return {"object": "list", "data": [self._card(name) for name in (*self.router.variants, *self.router.routes)]}
 
     def describe_model(self, name: str) -> dict[str, Any]:
-        """/v1/models/NAME."""
+        """/v1/models/NAME. Raises `UnknownModel`."""
         if name not in self.router.routes:
             name = self.router.choose(name, None)
         return self._card(name)
 
     def _card(self, name: str) -> dict[str, Any]:
-        known = {key: value for key, value in self.router.variants.get(name, {}).items() if key not in ("app", "shelf")}
-        if name in self.router.routes:
-            known = {"route": self.router.routes[name]}
+        card = self.router.variants.get(name)
+        known = {"route": self.router.routes[name]} if card is None else {key: card[key] for key in SHOWN}
         return {"id": name, "object": "model", "created": self.started_at, "owned_by": "shoal", **known}
+
+    def break_off(self) -> None:
+        """Ends the answers that still run, each with an error that says so."""
+        for answer in list(self._answers):
+            answer.fail(BrokenOff("the endpoint has stopped"))
 
     def _handle(self, name: str) -> DeploymentHandle:
         return self.handles[self.router.variants[name]["app"]]
@@ -119,17 +131,15 @@ class Gateway:
     ) -> Response:
         route = request.model if request.model in self.router.routes else None
         course = self.experiments.begin(name, route, calls)
-        if not request.stream:
-            async with self._refusals(course):
-                pieces = await _gather(self._handle(name), calls)
-            for index, piece in enumerate(pieces):
-                course.hear(index, piece)
-            course.end("answered")
-            return JSONResponse(writer.answer(pieces))
         answer = Answer(self.inbox, self._handle(name), course, timeout_s=self.limits.timeout_s)
+        self._answers.add(answer)
         try:
-            # The first pieces come before the status line: whatever is refused is refused with its own status.
-            async with self._refusals(course):
+            with _refusals(course):
+                if not request.stream:
+                    pieces = await answer.collect()
+                    answer.close()
+                    return JSONResponse(writer.answer(pieces))
+                # The first pieces come before the status line: whatever is refused is refused with its own status.
                 await answer.take_firsts()
         except BaseException:
             answer.close()
@@ -137,37 +147,26 @@ class Gateway:
         events = write_events(answer, writer, request.stream_options.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
-    @asynccontextmanager
-    async def _refusals(self, course: Course) -> AsyncIterator[None]:
-        """Raises `QueueFull` and `VariantDown` for what Serve would say as plain text, and TimeoutError in time."""
-        try:
-            async with asyncio.timeout(self.limits.timeout_s):
-                yield
-        except (QueueFull, BackPressureError) as error:
-            course.end("refused")
-            raise QueueFull("the variant's queue is full; try again in a moment") from error
-        except DeploymentUnavailableError as error:
-            course.end("failed")
-            raise VariantDown("the variant has no replica that can answer; try again in a moment") from error
-        except asyncio.CancelledError:
-            course.end("left")
-            raise
-        except Exception:
-            course.end("failed")
-            raise
+
+@contextmanager
+def _refusals(course: Course) -> Iterator[None]:
+    """Raises `QueueFull` and `VariantDown` for what Serve would say as plain text."""
+    try:
+        yield
+    except (QueueFull, BackPressureError) as error:
+        course.end("refused")
+        raise QueueFull("the variant's queue is full; try again in a moment") from error
+    except DeploymentUnavailableError as error:
+        course.end("failed")
+        raise VariantDown("the variant has no replica that can answer; try again in a moment") from error
+    except asyncio.CancelledError:
+        course.end("left")
+        raise
+    except Exception:
+        course.end("failed")
+        raise
 
 
 def _get_handle(app: str, shelf: str | None) -> DeploymentHandle:
     """The handle to a variant's application; on a shelf its name is the id of a model there."""
     return serve.get_app_handle(shelf).options(multiplexed_model_id=app) if shelf else serve.get_app_handle(app)
-
-
-async def _gather(handle: DeploymentHandle, calls: list[Call]) -> list[Piece]:
-    """All answers; if one fails, or nobody waits any more, all are cancelled, which frees their rows."""
-    responses = [cast(DeploymentResponse[Any], handle.generate.remote(call)) for call in calls]
-    try:
-        return list(await asyncio.gather(*responses))
-    except BaseException:
-        for response in responses:
-            cancel(response)
-        raise

@@ -32,6 +32,10 @@ class OutOfMemory(RequestFailed):
     """There was no memory for this request at that time."""
 
 
+class EngineFailed(Exception):
+    """The engine has ended, and answers nothing any more."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are picked. Temperature 0 takes the most likely token; `top_k` 0 and `top_p` 1 keep all tokens.

@@ -14,10 +14,16 @@ from typing import Any
 import uvicorn
 
 from shoal_services.serving.gateway import Gateway
+from shoal_services.serving.settings import Limits
 from shoal_services.serving.web import make_app
+from shoal_services.serving.wire import Connection
 
-DRAIN_S = 30
-MAX_CONNECTIONS = 4096
+# Longer than clients and load balancers keep a connection that is idle: whoever closes first loses no request.
+KEEP_ALIVE_S = 75
+# Until answers that were broken off have said so.
+LAST_WORDS_S = 2.0
+# What Serve takes to begin, and what is over when an answer has ended.
+MARGIN_S = 8.0
 
 
 class Listener:
@@ -29,8 +35,8 @@ class Listener:
         # Not started here: Serve makes this object outside of the event loop that it runs on.
         self._server = uvicorn.Server(
             uvicorn.Config(
-                make_app(self.gateway), log_config=None, access_log=False, lifespan="off", server_header=False,
-                limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=DRAIN_S,
+                make_app(self.gateway), http=Connection, ws="none", log_config=None, log_level="error", access_log=False,
+                lifespan="off", server_header=False, timeout_keep_alive=KEEP_ALIVE_S,
             )
         )  # fmt: skip
         self._serving: asyncio.Task[None] | None = None
@@ -47,10 +53,19 @@ class Listener:
             raise RuntimeError("the HTTP server has ended")
 
     async def __del__(self) -> None:
-        """Takes no more connections, and waits until running requests are answered."""
+        """Takes no more connections, and waits until running requests are answered, or have had their time."""
         self._server.should_exit = True
-        if self._serving is not None:
-            await self._serving
+        if self._serving is None:
+            return
+        _, late = await asyncio.wait({self._serving}, timeout=self.gateway.limits.drain_s)
+        if late:
+            self.gateway.break_off()
+            await asyncio.wait(late, timeout=LAST_WORDS_S)
+
+
+def find_grace_s(limits: Limits) -> float:
+    """How long Serve has to wait for a replica that is to end, for its answers to have the time that they are promised."""
+    return limits.drain_s + LAST_WORDS_S + MARGIN_S
 
 
 def bind(host: str, port: int, *, shared: bool) -> socket.socket:

@@ -30,7 +30,7 @@ def run_endpoint(read_settings: Callable[[], ServeSettings]) -> None:
             time.sleep(endpoint.settings.watch_every_s)
             _watch(endpoint, read_settings)
     except KeyboardInterrupt:
-        say("stopping: running requests finish first")
+        say("stopping: running requests finish first; once more stops at once")
     finally:
         endpoint.stop()
 
@@ -41,7 +41,11 @@ def _watch(endpoint: Endpoint, read_settings: Callable[[], ServeSettings]) -> No
     except ValueError as error:
         say(f"the settings stay as they were: {error}")
         settings = endpoint.settings
-    for line in endpoint.reconcile(settings):
+    try:
+        lines = endpoint.reconcile(settings)
+    except ValueError as error:
+        lines = [f"the settings stay as they were: {error}"]
+    for line in lines:
         say(line)
 
 

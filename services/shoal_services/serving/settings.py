@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 from shoal.recipe import Value
 
 # What other settings say, and what nothing may switch on: code from a model's folder is never run.
 FIXED_OPTIONS = {"model", "tokenizer", "dtype", "max_model_len", "max_num_seqs", "trust_remote_code"}
+
+
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+)$")]
 
 
 class Limits(Value):
@@ -24,7 +27,8 @@ class Limits(Value):
         default=65_536, ge=16, description="tokens of the requests generated at once; others wait until theirs fit"
     )
     max_body_bytes: int = Field(default=2**20, ge=1024)
-    timeout_s: float = Field(default=120.0, gt=0)
+    timeout_s: float = Field(default=120.0, gt=0, description="how long to wait for the first token, and for each next one")
+    drain_s: float = Field(default=120.0, ge=0, description="how long answers may go on once the endpoint is to stop")
 
 
 class VariantSettings(Value):
@@ -101,7 +105,10 @@ class ServeSettings(Value):
     experiment: str = Field(default="shoal-serving", description="MLflow experiment for what routes and shadows show")
     report_every_s: float = Field(default=30.0, gt=0)
     keys: Path | None = Field(default=None, description="file of hashed API keys, made by `shoal keys`")
-    allow_anonymous: bool = Field(default=False, description="serve beyond this machine without keys")
+    allow_anonymous: bool = Field(default=False, description="serve without keys whoever comes, from wherever")
+    cors_origins: list[Origin] | None = Field(
+        default=None, description="web pages that may call, as https://chat.example; by default all with keys, else none"
+    )
     shelf: ShelfSettings = ShelfSettings()
     gateways: int = Field(default=1, ge=1)
     limits: Limits = Limits()
@@ -140,6 +147,25 @@ class ServeSettings(Value):
                 "`shoal keys add NAME` and give `keys: FILE`, or say `allow_anonymous: true`"
             )
         return self
+
+    @model_validator(mode="after")
+    def _pages_need_keys(self) -> Self:
+        if "*" in (self.cors_origins or ()) and self.local_only:
+            raise ValueError(
+                "cors_origins: '*' without keys lets every page that a browser on this machine shows use the endpoint; "
+                "name the pages' origins, give `keys: FILE`, or say `allow_anonymous: true`"
+            )
+        return self
+
+    @property
+    def local_only(self) -> bool:
+        """Whether only programs of this machine may call: there are no keys, and nobody said that all may."""
+        return self.keys is None and not self.allow_anonymous
+
+    @property
+    def origins(self) -> list[str]:
+        """The web pages that may call."""
+        return self.cors_origins if self.cors_origins is not None else ["*"] if self.keys else []
 
 
 def is_loopback(host: str) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 from weakref import WeakValueDictionary
 
 from ray import serve
 
 from shoal_services.serving.channel import Reply
-from shoal_services.serving.generation import Call, EngineClosed, Piece, Prompt
+from shoal_services.serving.generation import Call, EngineClosed, EngineFailed, Piece, Prompt
 from shoal_services.serving.variant import Variant
 
 
@@ -32,9 +33,13 @@ class Shelf:
         await asyncio.to_thread(check_model, self.models[model_id]["place"])
 
     async def load(self, model_id: str) -> Variant:
-        """A variant by its id. Raises what its start raises."""
+        """A variant by its id. Raises `EngineFailed` if it does not start, which is no fault of the request's."""
         model = self.models[model_id]
-        variant = await asyncio.to_thread(Variant, model["name"], model["place"], model["variant"], self.limits)
+        try:
+            variant = await asyncio.to_thread(Variant, model["name"], model["place"], model["variant"], self.limits)
+        except Exception as error:
+            logging.getLogger("ray.serve").exception(f"variant {model['name']!r} does not start from {model['place']!r}")
+            raise EngineFailed("the model cannot be loaded") from error
         self._loaded[model_id] = variant
         return variant
 

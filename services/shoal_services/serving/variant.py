@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray.serve.exceptions import RayServeException
 
 from shoal_services.serving.channel import Outbox, Reply
-from shoal_services.serving.generation import Call, Delta, Generation, Piece, Prompt
+from shoal_services.serving.generation import Call, Delta, EngineFailed, Generation, Piece, Prompt
 from shoal_services.serving.meters import Meters, Stopwatch
 from shoal_services.serving.prompts import encode
 from shoal_services.serving.settings import Limits, VariantSettings
@@ -65,7 +65,7 @@ class Variant:
     async def generate(self, call: Call, reply: Reply | None = None) -> Piece:
         """The whole answer; with `reply`, its pieces go there while they are made, and what is returned is empty.
 
-        Raises ValueError for a prompt that does not fit or cannot be read, `QueueFull` if too many wait.
+        Raises ValueError for a prompt that does not fit or cannot be read, `QueueFull` if too many wait, `EngineFailed`.
         """
         ids = encode(self.tokenizer, call.prompt)
         room = max(1, self.max_context - len(ids))
@@ -78,7 +78,12 @@ class Variant:
             if reply is not None:
                 self.outbox.put(reply, Piece(delta, len(ids)))
 
-        whole = await self.engine.generate(request, listen)
+        try:
+            whole = await self.engine.generate(request, listen)
+        except Exception as error:
+            if self.engine.failure is None:
+                raise
+            raise EngineFailed("the engine has failed") from error
         return Piece(whole if reply is None else Delta(), len(ids))
 
     async def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> dict[str, Any]:

@@ -9,67 +9,72 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.params import Depends
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
-from shoal_services.serving.events import first_line
-from shoal_services.serving.gateway import Gateway, VariantDown
-from shoal_services.serving.generation import OutOfMemory, QueueFull, RequestFailed
-from shoal_services.serving.guard import BodyLimit, check_key
-from shoal_services.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest, make_error
+from shoal_services.serving.door import Door, make_error_response
+from shoal_services.serving.failures import BrokenOff, VariantDown, describe_failure, find_cause
+from shoal_services.serving.gateway import Gateway
+from shoal_services.serving.generation import QueueFull
+from shoal_services.serving.health import HEALTHY
+from shoal_services.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from shoal_services.serving.refusals import explain_body
 from shoal_services.serving.routes import UnknownModel
 
-RETRY_AFTER_S = 1
 CLIENT_GONE = 499  # nginx's number; nobody sees it
 
 
-def make_app(gateway: Gateway) -> FastAPI:
-    """The FastAPI application whose routes speak to the gateway. Its keys and limits count as they are at the time."""
-    app = FastAPI(title="Shoal", summary="Depth-compressed language models behind OpenAI's interfaces", docs_url=None)
-    app.add_middleware(BodyLimit, find_max_bytes=lambda: gateway.limits.max_body_bytes)
+def make_app(gateway: Gateway) -> Door:
+    """The application whose routes speak to the gateway, behind its door. Keys and limits count as they are at the time."""
+    summary = "Depth-compressed language models behind OpenAI's interfaces"
+    app = FastAPI(title="Shoal", summary=summary, docs_url=None, redoc_url=None)
     _add_error_shapes(app)
-    guarded = [Depends(check_key(lambda: gateway.keys))]
     errors: dict[int | str, dict[str, Any]] = {
         status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
         for status, text in {
-            400: "What was sent cannot be used", 401: "No valid API key", 404: "No such model", 408: "Took too long",
-            413: "Too large", 429: "Too much at once", 503: "No replica can answer",
+            400: "What was sent cannot be used", 401: "No valid API key", 404: "No such model",
+            408: "The body did not come", 413: "Too large", 415: "Not JSON", 429: "Too much at once",
+            503: "No replica can answer", 504: "No token came for too long",
         }.items()
     }  # fmt: skip
 
-    @app.post("/v1/completions", dependencies=guarded, responses=errors)
+    @app.post("/v1/completions", responses=errors)
     async def complete(request: CompletionRequest, connection: Request) -> Response:
         return await _unless_gone(connection, gateway.complete(request))
 
-    @app.post("/v1/chat/completions", dependencies=guarded, responses=errors)
+    @app.post("/v1/chat/completions", responses=errors)
     async def chat(request: ChatRequest, connection: Request) -> Response:
         return await _unless_gone(connection, gateway.chat(request))
 
-    @app.post("/tokenize", dependencies=guarded, responses=errors)
+    @app.post("/tokenize", responses=errors)
     async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
         return await gateway.tokenize(request)
 
-    @app.get("/v1/models", dependencies=guarded, responses={401: errors[401]})
+    @app.get("/v1/models", responses={401: errors[401]})
     async def models() -> dict[str, Any]:
         return gateway.list_models()
 
-    @app.get("/v1/models/{model}", dependencies=guarded, responses={401: errors[401], 404: errors[404]})
+    @app.get("/v1/models/{model:path}", responses={401: errors[401], 404: errors[404]})
     async def one_model(model: str) -> dict[str, Any]:
-        return gateway.describe_model(model)
+        return gateway.describe_model(model) if model else gateway.list_models()
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
+    @app.get("/health", responses={503: {"description": "A variant cannot answer"}})
+    async def health() -> Response:
+        states = await gateway.health.find_states()
+        down = {name: state for name, state in states.items() if state not in HEALTHY}
+        return JSONResponse({"status": "unavailable" if down else "ok", "variants": states}, 503 if down else 200)
+
+    @app.get("/health/live")
+    async def live() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def playground() -> str:
         return files("shoal_services.serving").joinpath("playground.html").read_text(encoding="utf-8")
 
-    return app
+    return Door(app, gateway)
 
 
 async def _unless_gone(connection: Request, answer: Coroutine[None, None, Response]) -> Response:
@@ -90,43 +95,32 @@ async def _unless_gone(connection: Request, answer: Coroutine[None, None, Respon
 
 
 def _add_error_shapes(app: FastAPI) -> None:
-    def shaped(status: int, message: str, **extra: Any) -> JSONResponse:
-        headers = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else None
-        return JSONResponse(make_error(status, message, **extra), status, headers)
-
     @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        if not _is_json(request.headers.get("content-type", "")):
+            return make_error_response(415, "send the body as JSON, with the header content-type: application/json")
         return JSONResponse(explain_body(error.errors()), 400)
 
     @app.exception_handler(HTTPException)
-    async def plain(_request: Request, error: HTTPException) -> JSONResponse:
-        response = shaped(error.status_code, str(error.detail))
-        response.headers.update(error.headers or {})
-        return response
+    async def plain(request: Request, error: HTTPException) -> Response:
+        said = {404: f"there is no {request.url.path!r} here", 405: f"{request.method} is not for {request.url.path!r}"}
+        message = said.get(error.status_code, str(error.detail))
+        return make_error_response(error.status_code, message, headers=dict(error.headers or {}))
 
     @app.exception_handler(UnknownModel)
-    async def unknown(_request: Request, error: UnknownModel) -> JSONResponse:
-        return shaped(404, str(error), param="model", code="model_not_found")
+    async def unknown(_request: Request, error: UnknownModel) -> Response:
+        return make_error_response(404, str(error), param="model", code="model_not_found")
 
-    @app.exception_handler(ValueError)
-    async def refused(_request: Request, error: ValueError) -> JSONResponse:
-        return shaped(400, first_line(error), code=getattr(error, "code", None))
+    async def failed(_request: Request, error: Exception) -> Response:
+        status, message = describe_failure(error)
+        code = "queue_full" if status == 429 else getattr(find_cause(error), "code", None)
+        return make_error_response(status, message, code=code)
 
-    @app.exception_handler(TimeoutError)
-    async def late(_request: Request, _error: TimeoutError) -> JSONResponse:
-        return shaped(408, "the answer took longer than the endpoint's limit; lower max_tokens or try again")
+    # Starlette logs what only `Exception` catches, as a mistake of ours.
+    for kind in (QueueFull, ValueError, TimeoutError, VariantDown, BrokenOff, RayServeException, RayError, Exception):
+        app.add_exception_handler(kind, failed)
 
-    @app.exception_handler(QueueFull)
-    async def full(_request: Request, error: QueueFull) -> JSONResponse:
-        return shaped(429, str(error), code="queue_full")
 
-    async def down(request: Request, error: Exception) -> JSONResponse:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, ValueError):
-            return await refused(request, cause)
-        if isinstance(cause, RequestFailed) and not isinstance(cause, OutOfMemory):
-            return shaped(500, first_line(error))
-        return shaped(503, f"the variant cannot answer now: {first_line(error)}")
-
-    for kind in (VariantDown, RayServeException, RayError):
-        app.add_exception_handler(kind, down)
+def _is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
