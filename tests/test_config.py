@@ -11,7 +11,8 @@ import pytest
 import yaml
 from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Recipe
-from shoal.text import load_documents, open_dataset
+from shoal.rows import read_rows
+from shoal.sources import load_documents
 from shoal_services.config import SearchConfig, load_config
 from shoal_services.preflight import check_writable
 from shoal_services.space import Choice, Range, parse_kind, read_assignment
@@ -323,7 +324,7 @@ def test_storage_is_a_folder_and_no_uri(tmp_path, storage):
         (load_model, "model"),
         (load_tokenizer, "model"),
         (load_documents, "text"),
-        (open_dataset, "data"),
+        (read_rows, "data"),
     ):
         with pytest.raises(ValueError, match=f"{what} '{storage.replace(':///', '://')}.* is a URI"):
             read(f"{storage}/it")

@@ -71,11 +71,9 @@ def _check_parts(folder: Path, model: PreTrainedModel) -> None:
     middle = len(blocks) // 2
     call, generator = record_calls(model, ids)[middle], torch.Generator().manual_seed(0)
     stream = torch.randn(1, NUM_TOKENS, text_config(model).hidden_size, generator=generator)
-    outputs = []
-    for block in (blocks[middle], rebuilt[middle]):
-        with hold(block):
-            outputs.append(call.run(block, stream.to(model.device, model.dtype)).float())
-    _require_alike(f"output of block {middle}", *outputs, model.dtype)
+    with hold(blocks[middle]), hold(rebuilt[middle]):
+        ours, theirs = (call.run(b[middle], stream.to(model.device, model.dtype)).float() for b in (blocks, rebuilt))
+    _require_alike(f"output of block {middle}", ours, theirs, model.dtype)
 
 
 def _load_middle(folder: Path, class_name: str) -> PreTrainedModel:
@@ -85,7 +83,7 @@ def _load_middle(folder: Path, class_name: str) -> PreTrainedModel:
     loaded.tie_weights()
     blocks = find_blocks(loaded)
     prefix = next(f"{path}.{len(blocks) // 2}." for path, part in loaded.named_modules() if part is blocks)
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             weights |= {k.removeprefix(prefix): opened.get_tensor(k) for k in opened.keys() if k.startswith(prefix)}  # noqa: SIM118

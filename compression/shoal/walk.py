@@ -163,7 +163,8 @@ def _refit_block(
             outputs.append(output)
             if on_disk:  # memory is short: the inputs, several times as wide as the stream, are computed again
                 inputs.clear()
-        fitted, fitted_bias = (t if t is None else t.to(weight) for t in fit_down_proj(gram, weight, bias, held_out=held))
+        exact, exact_bias = fit_down_proj(gram, weight, bias, held_out=held)
+        fitted, fitted_bias = exact.to(weight), None if exact_bias is None else exact_bias.to(weight)
         change, shift = fitted - weight, 0 if fitted_bias is None else fitted_bias - bias
         for index, batch in enumerate(student):
             if on_disk:
