@@ -150,6 +150,21 @@ def test_a_lacking_file_is_refused(folder, missing):
         load_model(str(folder))
 
 
+def test_code_that_comes_with_a_model_is_not_run(folder, capsys):
+    """Nor does anybody ask whether to run it. A family that transformers has loads as that."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "own.py").write_text("raise SystemExit('this was run')")
+    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Slow", None]}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": classes}))
+    with pytest.raises(ValueError, match="it needs code that comes with it, and Shoal runs none"):
+        load_model(str(folder))
+    with pytest.raises(ValueError, match="cannot load the tokenizer"):
+        load_tokenizer(str(folder))
+    assert "run the custom code" not in capsys.readouterr().out
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": classes}))
+    assert load_model(str(folder)).config.model_type == "llama"
+
+
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 @pytest.mark.parametrize("content", ["", "{not json", '{"model_type": "no-such-type"}'])
 def test_a_damaged_configuration_is_refused(folder, content, load):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import psutil
@@ -73,6 +72,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model `name` in evaluation mode; `streamed`, with its blocks on disk (see `shoal.on_disk`).
 
+    Code that comes with a model is never run: Shoal's own kinds and the families of transformers load without it.
+
     With `any_kind` also an encoder, with its masked-LM head if it has one, or an encoder-decoder.
 
     Raises ValueError if there is no such model, or if it is not of that kind.
@@ -126,10 +127,10 @@ def _read_weights(
     config: PretrainedConfig, folder: str, extra: dict, dtype: torch.dtype, streamed_to: torch.device | None
 ) -> tuple[PreTrainedModel, dict]:
     """The model, and transformers' report of what its files lack; its blocks stay on disk if it is streamed to a device."""
-    arguments = {"dtype": dtype, "output_loading_info": True, **extra}
+    arguments = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False, **extra}
     if hasattr(config, "quantization_config"):
         arguments["config"] = config
-    if class_name := _find_shoal_class(Path(folder)):
+    if class_name := _find_shoal_class(folder, extra):
         if streamed_to is not None:
             raise ValueError("it holds linear blocks, which are not streamed; load it as a whole")
         return getattr(modeling_shoal, class_name).from_pretrained(folder, **arguments)
@@ -158,13 +159,23 @@ def _refuse_encoders(config: PretrainedConfig) -> None:
         )
 
 
-def _find_shoal_class(folder: Path) -> str | None:
-    """The class of a compressed model that holds linear blocks or factored projections; None for stock models."""
-    config_file = folder / "config.json"
-    if not config_file.is_file():
+def _find_shoal_class(folder: str, extra: dict) -> str | None:
+    """The class of a compressed model that holds linear blocks or factored projections; None for stock models.
+
+    Raises ValueError where it is none of `modeling_shoal`.
+    """
+    if "gguf_file" in extra:
         return None
-    config = json.loads(config_file.read_text())
-    return config["architectures"][0] if str(config.get("model_type")).startswith("shoal-") else None
+    try:
+        config, _ = PretrainedConfig.get_config_dict(folder, revision=extra.get("revision"))
+    except OSError:
+        return None  # whoever loads it says why
+    if not str(config.get("model_type")).startswith("shoal-"):
+        return None
+    class_name = str((config.get("architectures") or [""])[0])
+    if not class_name.startswith(modeling_shoal.PREFIX):
+        raise ValueError(f"its config.json names no class of Shoal: architectures is {config.get('architectures')}")
+    return class_name
 
 
 def make_skeleton(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -192,9 +203,10 @@ def read_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
 def _read_config(folder: str, extra: dict) -> PretrainedConfig:
     if "gguf_file" not in extra:
         refuse_adapter(folder, extra.get("revision"))
-    if class_name := _find_shoal_class(Path(folder)):
-        return getattr(modeling_shoal, class_name).config_class.from_pretrained(folder)
-    return AutoConfig.from_pretrained(folder, **{k: v for k, v in extra.items() if k != "quantization_config"})
+    arguments = {name: value for name, value in extra.items() if name != "quantization_config"}
+    if class_name := _find_shoal_class(folder, extra):
+        return getattr(modeling_shoal, class_name).config_class.from_pretrained(folder, **arguments)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False, **arguments)
 
 
 def _read_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
@@ -208,7 +220,9 @@ def is_memory_short(name: str, *, revision: str | None = None, dtype: str | None
 
     False for models that cannot be streamed.
     """
-    if name.endswith(".gguf") or _find_shoal_class(Path(name)) or not is_causal(read_config(name, revision=revision)):
+    if name.endswith(".gguf") or _find_shoal_class(*_locate(name, revision)):
+        return False
+    if not is_causal(read_config(name, revision=revision)):
         return False
     device = choose_device()
     skeleton = make_skeleton(name, revision=revision, dtype=_read_dtype(dtype, device))
@@ -226,10 +240,10 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     try:
         if "gguf_file" not in extra:
             refuse_adapter(folder, revision)
-        if _find_shoal_class(Path(folder)):
+        if _find_shoal_class(folder, extra):
             # With the configuration given, nothing asks whether to run the folder's code.
             extra["config"] = _read_config(folder, extra)
-        return AutoTokenizer.from_pretrained(folder, **extra)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"cannot load the tokenizer of {name!r}: {_explain(error)}") from error
 
@@ -326,6 +340,11 @@ def _explain(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "is not a valid model identifier" in text or "couldn't connect" in text or "offline" in text.lower():
         return "no such folder, no such model on the Hub, or the Hub cannot be reached; check the name and the network"
+    if "custom code" in text:
+        return (
+            "it needs code that comes with it, and Shoal runs none; take a checkpoint of a family that transformers has "
+            "(many were converted: look for -hf in the name)"
+        )
     if "GGUF" in text or "gguf" in text:
         return f"transformers cannot read this GGUF file ({text[:200]}); convert the model to safetensors first"
     return text[:600]
