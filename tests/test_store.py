@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from shoal.files import write_text
+from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
 from shoal.replace import AffineMap, Replacement, apply_replacement
 from shoal.store import hash_folder, load_point, save, save_point
@@ -139,3 +140,31 @@ def test_text_is_replaced_in_one_step(tmp_path):
         write_text(file, json.dumps(text))
         assert json.loads(file.read_text(encoding="utf-8")) == text
     assert [path.name for path in tmp_path.iterdir()] == ["point.json"]
+
+
+def test_what_belongs_to_a_model_comes_along_and_what_is_not_there_is_not_named(llama, tokenizer, tmp_path):
+    """Processors, terms and generation settings; no code and no blocks beyond the last that the folder does not hold."""
+    source = tmp_path / "source"
+    llama.config.auto_map = {"AutoModelForCausalLM": "modeling_own.OwnLlama"}
+    llama.config.num_nextn_predict_layers = 1
+    llama.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "auto_map": {"AutoTokenizer": [None, "own.Own"]}})
+    )
+    (source / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false, "eos_token_id": [0, 2]}')
+    files = {"preprocessor_config.json": "{}", "chat_template.jinja": "{{ messages }}", "LICENSE.txt": "terms"}
+    files |= {"processor_config.json": '{"auto_map": {}}', "unrelated.txt": "x"}
+    for name, text in files.items():
+        (source / name).write_text(text)
+    model = load_model(str(source), dtype="float32")
+    apply_replacement(model, Replacement((2,)))
+    save(model, load_tokenizer(str(source)), tmp_path / "out", recipe=RECIPE.model_copy(update={"base_model": str(source)}))
+    out = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"}
+    assert {name: out.get(name) for name in files} == {**files, "processor_config.json": None, "unrelated.txt": None}
+    assert not [name for name, text in out.items() if "auto_map" in text]
+    assert json.loads(out["config.json"])["num_nextn_predict_layers"] == 0
+    assert json.loads(out["generation_config.json"])["eos_token_id"] == [0, 2]
+    assert load_model(str(tmp_path / "out")).config.num_hidden_layers == 4
+    assert load_tokenizer(str(tmp_path / "out"))("abc") == tokenizer("abc")

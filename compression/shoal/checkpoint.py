@@ -34,7 +34,8 @@ OF_QUANTISATION = re.compile(
 # What a dequantised weight has no use for: how the layer's inputs and its cache were rounded.
 OF_ACTIVATIONS = re.compile(r"(^|\.)((input|output|activation|[qkv])_(global_)?scale|[qkv]_proj\.output_scale)$")
 REMEDY = "take the model as it was before, or dequantise it and save it"
-NEXT_TOKEN_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers")
+# How many blocks beyond the last there are that predict further tokens; transformers loads none of them.
+NEXT_TOKEN_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
 
 
 def refuse_adapter(place: str, revision: str | None = None) -> None:
@@ -42,7 +43,7 @@ def refuse_adapter(place: str, revision: str | None = None) -> None:
     file = find_adapter_config_file(place, revision=revision)
     if file is None:
         return
-    adapter = json.loads(Path(file).read_text())
+    adapter = json.loads(Path(file).read_text(encoding="utf-8"))
     base = adapter.get("base_model_name_or_path") or "BASE"
     beside = (Path(place) / "config.json").is_file()
     remedy = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {place!r})"

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from shoal.companions import drop_stale_settings
 from shoal.files import write_aside
 from shoal.labelled import Labelled, Preferences
 from shoal.prepare import Listener, ignore
@@ -137,6 +138,7 @@ class FinetuningRun:
         with write_aside(folder) as aside:
             self.tuned.save_pretrained(aside)
             self.tokenizer.save_pretrained(aside)
+            drop_stale_settings(aside)
             head = {name: weight.detach().cpu().contiguous() for name, weight in self.scored.head.state_dict().items()}
             save_file(head, aside / "head.safetensors", {"classes": json.dumps(self.classes)})
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal import modeling_shoal
 from shoal.blocks import find_blocks, is_causal
 from shoal.card import write_card
+from shoal.companions import copy_companions, drop_stale_settings
 from shoal.files import require_path, write_aside, write_text
 from shoal.on_disk import is_on_disk
 from shoal.read_back import check_saved
@@ -48,6 +49,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
             model.save_pretrained(aside, save_original_format=not own, **sharding)
         tokenizer.save_pretrained(aside)
+        copy_companions(model, recipe.base_model, recipe.revision, aside)
+        drop_stale_settings(aside)
         if own:
             _name_remote_code(aside, model)
         (aside / "recipe.json").write_text(recipe.model_dump_json(indent=2))
