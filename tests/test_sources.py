@@ -183,6 +183,9 @@ def test_folders_and_addresses_are_refused(tmp_path):
     (tmp_path / "plain" / "poem.txt").write_text("A line.\nAnother.\n")
     with pytest.raises(ValueError, match=r"plain' holds plain text files, .* give the .txt file itself"):
         load_documents(str(tmp_path / "plain"))
+    (tmp_path / "odd[1]").mkdir()
+    with pytest.raises(ValueError, match=r"odd\[1\]' would be taken for a pattern; rename it"):
+        load_documents(str(tmp_path / "odd[1]"))
     with pytest.raises(ValueError, match="is a URL; download it"):
         load_documents("s3://bucket/notes")
 
