@@ -118,9 +118,9 @@ def test_formats_are_told_by_name():
     ],
 )
 def test_conversations_are_written_as_the_model_reads_them(tmp_path, tokenizer, row):
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = TEMPLATE + "{{ '\\n' }}"
     documents = load_documents(write_jsonl(tmp_path / "chat.jsonl", row, row), tokenizer)
-    assert documents.texts == ["<user>2+2?<assistant>4"] * 2 and documents.independent
+    assert documents.texts == ["<user>2+2?<assistant>4\n"] * 2 and documents.independent, "though they look like lines"
 
 
 def test_an_answer_follows_its_prompt(tmp_path):
