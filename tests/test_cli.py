@@ -14,7 +14,7 @@ import transformers
 import typer
 from conftest import write_prose, write_task
 from shoal.recipe import Evaluation, Point
-from shoal_services.cli import app, main
+from shoal_services.cli import MAX_LINE, app, explain, main
 
 COMMANDS = list(typer.main.get_command(app).commands)
 SMALL = ["--window", "64", "--calibration-tokens", "4096", "--evaluation-tokens", "1024", "--dtype", "float32"]
@@ -349,3 +349,65 @@ def test_a_mistyped_command_is_told_its_usage(shoal, words):
     assert said.code == 2
     assert "Usage: " in said.errors and "Traceback" not in said.errors
     assert len(said.errors.splitlines()) < SCREEN_LINES
+
+
+class RemoteError(ValueError):
+    """As Ray raises on the driver what was raised on a worker: the text is the worker's traceback."""
+
+    def __init__(self, cause: Exception):
+        super().__init__("Traceback (most recent call last):\n  File …")
+        self.cause = cause
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (AttributeError("'list' object has no attribute 'get'"), "AttributeError: 'list' object has no attribute 'get'"),
+        (KeyError("architectures"), "KeyError: 'architectures'"),
+        (IndexError("list index out of range"), "IndexError: list index out of range"),
+        (StopIteration(), "StopIteration"),
+        (TypeError("unhashable type"), "TypeError: unhashable type"),
+        (AssertionError(), "AssertionError"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (RemoteError(ValueError("too few tokens; give more")), "too few tokens; give more"),
+        (RemoteError(RemoteError(KeyError("x"))), "KeyError: 'x'"),
+        (MemoryError(), "there is not enough memory"),
+        (ConnectionError("no server at http://me:s3cret@host"), "no server at http://me:***@host"),
+        (ValueError("x" * 100_000), "x…"),
+        (RuntimeError("line\n" * 1000), "line …"),
+        (OSError(28, "No space left on device", "/x"), "the storage is full (/x): make room"),
+    ],
+)
+def test_every_error_ends_on_one_screen(shoal, monkeypatch, error, part):
+    """Of a command of its own, through the whole of `shoal`; and --debug shows where it was raised."""
+    monkeypatch.setattr(app, "registered_commands", [*app.registered_commands])
+
+    @app.command("fail")
+    def fail() -> None:
+        raise error
+
+    assert_refused(shoal("fail"), part)
+    assert max(map(len, explain(error).splitlines())) <= MAX_LINE + 1
+    said = shoal("--debug", "fail")
+    assert said.code == 1 and "Traceback (most recent call last)" in said.errors and "raise error" in said.errors
+    assert "s3cret" not in said.errors
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"model_type": "llama", "hidden_size": "x"}', '{"model_type": 3}', "{"])
+def test_a_model_folder_that_is_none_is_refused(shoal, tmp_path, content):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text(content)
+    assert_refused(shoal("profile", "odd"))
+
+
+def test_output_that_nobody_reads_ends_quietly(root):
+    command = [SHOAL, "plan", root / "tune_configs" / "demo.yaml", "--model-config", "llama-3.1-8b"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.close()
+        assert running.stderr.read() == "" and running.wait(60) == 1
+
+
+def test_texts_that_are_not_what_they_seem_are_refused(shoal, prose, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("naïve\n".encode("latin-1") * 9999)
+    said = shoal("compress", "tiny-random", "-n", 1, "--text", "latin.txt", "--evaluation-text", prose[1], *SMALL)
+    assert_refused(said, "text file 'latin.txt' is not UTF-8", "iconv -f latin1 -t utf-8")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
 from conftest import make_point
+from hypothesis import given
+from hypothesis import strategies as st
 from pages import Page, drawn, make_profile, make_scores
 from shoal.frontier import find_frontier
+from shoal_services.axes import find_ticks, log_axis
 from shoal_services.linearity_page import comparison_figure, mean_figure, write_comparison_page, write_linearity_page
 from shoal_services.report import frontier_figure, write_frontier_page
 
@@ -191,3 +195,33 @@ def test_what_was_done_to_the_weights_is_told_apart(tmp_path):
     header, _, *rows = Page(tmp_path / "f.html").rows
     assert [row[header.index("weights")] for row in rows] == ["SVD 80 %, 50 % sparse", "SVD 80 %", "2:4 sparse", ""]
     assert [row[header.index("kind")] for row in rows] == ["", "linear", "linear", "linear"]
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1.001, 1e9))
+def test_a_log_axis_has_four_numbers_or_more_on_it(low, ratio):
+    ticks = find_ticks(low, low * ratio)
+    assert 4 <= len(ticks) <= 12 and ticks == sorted(set(ticks))
+    assert low <= ticks[0] and ticks[-1] <= low * ratio
+
+
+def test_a_log_axis_between_6_and_8_says_so():
+    axis = log_axis("perplexity", [6.1, 7.9])
+    assert axis["ticktext"] == ["6", "6.5", "7", "7.5", "8"]
+    assert axis["range"][0] < math.log10(6) and math.log10(8) < axis["range"][1]
+    assert log_axis("perplexity", [9, 300_000])["ticktext"] == ["10", "100", "1,000", "10,000", "100,000"]
+    assert log_axis("perplexity", [6.5])["ticktext"] and log_axis("perplexity", [math.inf, 0])["ticktext"]
+
+
+def test_the_axes_of_a_page_hold_what_is_drawn():
+    figure = frontier_figure(POINTS, find_frontier(POINTS))
+    low, high = (10**bound for bound in figure.layout.yaxis.range)
+    for group in figure.data[1:]:
+        for value, error in zip(group.y, group.error_y.array, strict=True):
+            assert low < value - error and value + error < high
+
+
+def test_every_cell_of_a_page_says_what_it_is(frontier_page):
+    """Where the screen is narrow, there is no header above it."""
+    text = frontier_page.read_text()
+    assert text.count("data-label='perplexity'") == 4
+    assert re.search(r"<table class='stack-\d+'>", text) and "content: attr(data-label)" in text

@@ -118,9 +118,9 @@ def test_formats_are_told_by_name():
     ],
 )
 def test_conversations_are_written_as_the_model_reads_them(tmp_path, tokenizer, row):
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = TEMPLATE + "{{ '\\n' }}"
     documents = load_documents(write_jsonl(tmp_path / "chat.jsonl", row, row), tokenizer)
-    assert documents.texts == ["<user>2+2?<assistant>4"] * 2 and documents.independent
+    assert documents.texts == ["<user>2+2?<assistant>4\n"] * 2 and documents.independent, "though they look like lines"
 
 
 def test_an_answer_follows_its_prompt(tmp_path):
@@ -183,6 +183,9 @@ def test_folders_and_addresses_are_refused(tmp_path):
     (tmp_path / "plain" / "poem.txt").write_text("A line.\nAnother.\n")
     with pytest.raises(ValueError, match=r"plain' holds plain text files, .* give the .txt file itself"):
         load_documents(str(tmp_path / "plain"))
+    (tmp_path / "odd[1]").mkdir()
+    with pytest.raises(ValueError, match=r"odd\[1\]' would be taken for a pattern; rename it"):
+        load_documents(str(tmp_path / "odd[1]"))
     with pytest.raises(ValueError, match="is a URL; download it"):
         load_documents("s3://bucket/notes")
 

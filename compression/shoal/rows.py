@@ -6,6 +6,7 @@ What cannot be read as it was meant is refused by name, with the cause: no byte 
 from __future__ import annotations
 
 import bz2
+import glob
 import gzip
 import io
 import itertools
@@ -162,6 +163,8 @@ def _read_dataset(source: str) -> Iterator[Row]:
 
     name, _, split = source.partition("@")
     name, _, config = name.partition(":")
+    if Path(name).is_dir() and glob.has_magic(name):
+        raise ValueError(f"the path of the folder {name!r} would be taken for a pattern; rename it, without any of [ * ?")
     try:
         dataset = load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # whatever the network, the Hub, a builder or the data bring up

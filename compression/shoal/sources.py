@@ -55,7 +55,7 @@ def load_documents(source: str, tokenizer: PreTrainedTokenizerBase | None = None
         documents = Documents(Path(source).name, [read_text(Path(source))], independent=False)
     else:
         name = Path(source).name if text_format(source) else source
-        documents = _as_documents(name, _take(_read_column(name, read_rows(source), tokenizer)))
+        documents = _read_documents(name, read_rows(source), tokenizer)
     texts = [text for text in documents.texts if text.strip()]
     if not texts:
         raise ValueError(f"{source!r} holds no text: every document is empty")
@@ -81,15 +81,23 @@ def _keep_sentences(page: str) -> str:
     return "\n\n".join(line for line in lines if line.startswith("==") or ". " in line or line.endswith("."))
 
 
-def _take(texts: Iterator[str]) -> list[str]:
-    """The first texts, up to `MAX_CHARACTERS` altogether."""
-    taken, size = [], 0
-    for text in texts:
-        taken.append(text)
-        size += len(text)
+def _read_documents(name: str, rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase | None) -> Documents:
+    """The texts of the rows that have one, up to `MAX_CHARACTERS` altogether."""
+    first = list(itertools.islice(rows, ROWS_TO_LOOK_AT))
+    read, is_plain = _choose_reader(name, first, tokenizer)
+    texts: list[str] = []
+    size = 0
+    for number, row in enumerate(itertools.chain(first, rows), 1):
+        try:
+            text = read(row)
+        except ValueError as error:
+            raise ValueError(f"{name!r}, row {number}: {error}") from error
+        if text is not None:
+            texts.append(text)
+            size += len(text)
         if size >= MAX_CHARACTERS:
             break
-    return taken
+    return _as_documents(name, texts) if is_plain else Documents(name, texts)
 
 
 def _as_documents(name: str, rows: list[str]) -> Documents:
@@ -104,42 +112,32 @@ def _as_documents(name: str, rows: list[str]) -> Documents:
     return Documents(name, rows)
 
 
-def _read_column(name: str, rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
-    """The text of each row that has one."""
-    first = list(itertools.islice(rows, ROWS_TO_LOOK_AT))
-    if not first:
-        return
-    read = _choose_reader(name, first, tokenizer)
-    for number, row in enumerate(itertools.chain(first, rows), 1):
-        try:
-            text = read(row)
-        except ValueError as error:
-            raise ValueError(f"{name!r}, row {number}: {error}") from error
-        if text is not None:
-            yield text
+def _choose_reader(
+    name: str, rows: list[Row], tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Callable[[Row], str | None], bool]:
+    """How a row becomes text, judged by the first rows, and whether that is a column of plain text.
 
-
-def _choose_reader(name: str, rows: list[Row], tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Row], str | None]:
-    """How a row becomes text, judged by the first rows. Raises ValueError if nothing in them is clearly the text."""
+    Raises ValueError if nothing in them is clearly the text.
+    """
     kinds: dict[str, set[type]] = {}
     for column, value in (cell for row in rows for cell in row.items()):
         kinds.setdefault(column, set()).update(() if value is None else (type(value),))
     written = [column for column in kinds if kinds[column] == {str}]
-    for column in TEXT_COLUMNS:
-        if column in written:
-            return lambda row: _require_text(column, row.get(column))
-    for column in CHAT_COLUMNS:
-        if kinds.get(column) == {list}:
-            return lambda row: write_chat(row.get(column), tokenizer)
-    for answer in ANSWER_COLUMNS:
-        if kinds.get("prompt") == kinds.get(answer) == {str}:
-            return lambda row: f"{row.get('prompt') or ''}{row.get(answer) or ''}"
-        if kinds.get("prompt") == kinds.get(answer) == {list}:
-            return lambda row: write_chat([*(row.get("prompt") or ()), *(row.get(answer) or ())], tokenizer)
-    if len(written) == 1:
-        return lambda row: _require_text(written[0], row.get(written[0]))
+    text = next((column for column in TEXT_COLUMNS if column in written), None)
+    chat = next((column for column in CHAT_COLUMNS if kinds.get(column) == {list}), None)
+    answer = next((column for column in ANSWER_COLUMNS if column in kinds and kinds[column] == kinds.get("prompt")), "")
+    if text is None and chat is None and not answer and len(written) == 1:
+        text = written[0]
+    if text is not None:
+        return (lambda row: _require_text(text, row.get(text))), True
+    if chat is not None:
+        return (lambda row: write_chat(row.get(chat), tokenizer)), False
+    if kinds.get(answer) == {str}:
+        return (lambda row: f"{row.get('prompt') or ''}{row.get(answer) or ''}"), False
+    if kinds.get(answer) == {list}:
+        return (lambda row: write_chat([*(row.get("prompt") or ()), *(row.get(answer) or ())], tokenizer)), False
     if not any(kinds.values()):  # rows without any value are rows without text
-        return lambda row: None
+        return (lambda row: None), True
     names = [f"{column} ({'/'.join(sorted(kind.__name__ for kind in kinds[column])) or 'empty'})" for column in kinds]
     raise ValueError(
         f"{name!r} has no column that is clearly the text; it has {', '.join(names)}. Rename the one to use to 'text' (a "

@@ -38,23 +38,31 @@ def say(text: str) -> None:
 
 def show(table: Table, *, to: Console = output) -> None:
     """The table; where the terminal is too narrow for its numbers, its rows below each other, a line for each value."""
-    width = to.width
-    if table.__rich_measure__(to, to.options.update(max_width=10_000)).maximum <= width:
-        to.print(table)
-        return
+    if _measure(table, to) > to.width:
+        spare = _narrow(table)
+        if _measure(table, to) - spare > to.width:
+            _show_rows(table, to)
+            return
+    to.print(table)
+
+
+def _measure(table: Table, to: Console) -> int:
+    """The width that the table would like to have."""
+    return table.__rich_measure__(to, to.options.update(max_width=10_000)).maximum
+
+
+def _narrow(table: Table) -> int:
+    """Headers break between words, texts anywhere, numbers nowhere; returns how much narrower texts can become."""
+    table.padding = 0
+    spare = 0
     for column in table.columns:
         widest = max([_widest_line(cell) for cell in column.cells], default=0)
         if column.justify == "right" or column.no_wrap:
             column.width = max(widest, _widest_word(column.header))
         else:
             column.min_width, column.overflow = min(widest, MIN_TEXT_WIDTH), "fold"
-    needed = table.__rich_measure__(to, to.options.update(max_width=10_000))
-    text = [column for column in table.columns if column.width is None]
-    spare = sum(max([_widest_line(cell) for cell in column.cells], default=0) - (column.min_width or 0) for column in text)
-    if needed.maximum - spare <= width:
-        to.print(table)
-    else:
-        _show_rows(table, to)
+            spare += max(widest, _widest_line(column.header)) - max(column.min_width, _widest_word(column.header))
+    return spare
 
 
 def _show_rows(table: Table, to: Console) -> None:

@@ -15,12 +15,11 @@ import plotly.graph_objects as go
 from shoal.files import write_text
 from shoal.recipe import Point, Recipe, TaskScore
 
-from shoal_services.report import PALETTE, describe_measurement, draw, make_page, make_table
+from shoal_services.axes import log_axis
+from shoal_services.report import PALETTE, describe_measurement, draw, make_page, make_table, span_errors
 
 LABELS = {"linear": "linear replacement", "low_rank": "low-rank replacement", "folded": "folding", "dropped": "removal"}
 SYMBOLS = ("circle", "square", "diamond", "x", "triangle-up", "cross")
-# A curve may cross several powers of ten.
-TICKS = [step * 10**power for power in range(8) for step in (1, 2, 5)]
 # Of a recipe, what does not make another curve.
 WITHIN_CURVE = {"num_replaced", "blocks", "weights_sha256", "calibration", "distillation_text"}
 
@@ -122,10 +121,9 @@ def _dense_perplexity(point: Point) -> Measurement:
 
 def perplexity_figure(curves: Sequence[Curve]) -> go.Figure:
     """Perplexity (log axis) over the number of changed blocks, beside the dense model's."""
-    figure = _figure(curves, _perplexity, _dense_perplexity(curves[0].points[0]))
-    ticks = {"tickvals": TICKS, "ticktext": [f"{tick:,}" for tick in TICKS]}
-    figure.update_layout(yaxis={"title": "perplexity", "type": "log", **ticks})
-    return figure
+    points = [point for curve in curves for point in curve.points]
+    axis = log_axis("perplexity", span_errors(points))
+    return _figure(curves, _perplexity, _dense_perplexity(points[0])).update_layout(yaxis=axis)
 
 
 def _figure(

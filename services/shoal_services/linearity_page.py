@@ -14,6 +14,7 @@ from shoal.linearity import RANKING_REASON, BlockLinearity
 from shoal.profile import Profile
 from shoal.token_errors import EDGES, NonlinearToken
 
+from shoal_services.axes import log_axis
 from shoal_services.report import draw, make_page, make_table
 
 LINES = {
@@ -108,9 +109,9 @@ def error_figure(error_counts: Sequence[Sequence[int]]) -> go.Figure:
             x=middles, y=[count or None for count in counts], mode="lines", name=f"block {block}",
             line={"color": f"hsl({240 - 200 * share:.0f}, 70%, 45%)", "shape": "hvh"},
         )  # fmt: skip
-    figure.update_layout(
-        **LAYOUT, xaxis={"title": "relative error", "type": "log"}, yaxis={"title": "tokens", "type": "log"}
-    )
+    seen = [middle for counts in error_counts for middle, count in zip(middles, counts, strict=True) if count]
+    tokens = [count for counts in error_counts for count in counts if count]
+    figure.update_layout(**LAYOUT, xaxis=log_axis("relative error", seen), yaxis=log_axis("tokens", tokens))
     return figure
 
 

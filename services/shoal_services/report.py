@@ -13,23 +13,35 @@ from shoal.files import write_text
 from shoal.frontier import find_frontier, name_picks
 from shoal.recipe import KINDS, Point, Recipe
 
+from shoal_services.axes import log_axis
+
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 PALETTE = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
 COLOURS = dict(zip(KINDS, PALETTE, strict=False))
 SYMBOLS = dict(zip(KINDS, ("circle", "diamond", "square", "x"), strict=True))
 # Open marks are sparse, marks with a dot have factored weights.
 WEIGHTS = {(): "", ("SVD",): "-dot", ("sparse",): "-open", ("SVD", "sparse"): "-open-dot"}
-# Plotly labels a log axis 2, 3, 4 between powers of ten; perplexities want to be read as 20, 30, 40.
-TICKS = [step * 10**power for power in range(6) for step in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)]
+# In rem; the widest fits a screen of 1,200 pixels.
+TABLE_WIDTHS = (30, 45, 60, 72)
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 73rem; padding: 0 1rem;
   color: #1a1a1a; background: #fff }
+h1, h2, .note { overflow-wrap: anywhere }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid #ddd } th { border-bottom: 2px solid #888 }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #ddd } td { white-space: pre }
+td.text:not(:first-child) { white-space: pre-line }
+th { border-bottom: 2px solid #888; vertical-align: bottom }
 td:first-child, th:first-child { text-align: left } tr.pick { background: #eef6fb } .scroll { overflow-x: auto }
 p.note { color: #555; max-width: 46rem }
 """
+# Where the screen is narrower than the table, its rows stand below each other, a line for each value.
+STACKED = """
+@media (max-width: WIDTH) { table.NAME, .NAME tbody, .NAME tr { display: block } .NAME thead { display: none }
+  .NAME tr { border-bottom: 2px solid #888; padding: .4rem 0 } .NAME td { display: flex; justify-content: space-between;
+  gap: 1rem; white-space: pre-line; overflow-wrap: anywhere } .NAME td::before { content: attr(data-label); color: #555 }
+  .NAME td:empty { display: none } }
+"""
+STYLE += "".join(STACKED.replace("NAME", f"stack-{width}").replace("WIDTH", f"{width}rem") for width in TABLE_WIDTHS)
 
 
 def write_frontier_page(path: Path, name: str, points: Sequence[Point]) -> None:
@@ -86,11 +98,20 @@ def frontier_figure(points: Sequence[Point], frontier: Sequence[Point]) -> go.Fi
         hovertext=f"dense: {dense.evaluations[0].dense_perplexity:.2f}", hoverinfo="text",
     )  # fmt: skip
     figure.update_layout(
-        template="plotly_white", height=520, margin={"t": 20, "r": 20}, legend={"orientation": "h", "y": 1.08},
+        template="plotly_white", height=520, margin={"t": 20, "r": 20}, legend={"orientation": "h", "y": -0.2},
         xaxis_title="parameters (millions)",
-        yaxis={"title": "perplexity", "type": "log", "tickvals": TICKS, "ticktext": [f"{tick:g}" for tick in TICKS]},
+        yaxis=log_axis("perplexity", span_errors(points)),
     )  # fmt: skip
     return figure
+
+
+def span_errors(points: Sequence[Point]) -> list[float]:
+    """Both ends of every error bar: those of the points' perplexity, and of the dense model's."""
+    first = points[0].evaluations[0]
+    measured = [(point.perplexity, point.evaluations[0].standard_error) for point in points]
+    measured.append((first.dense_perplexity, first.dense_standard_error))
+    # On a log axis no bar ends at 0 or below.
+    return [max(value + sign * error, value / 2) for value, error in measured for sign in (-1, 0, 1)]
 
 
 def _weights_of(recipe: Recipe) -> tuple[str, ...]:
@@ -175,10 +196,33 @@ def make_table(header: list[str], rows: list[list[str]], marked: list[bool]) -> 
     """Cells are text, and escaped; marked rows stand out."""
     head = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in header)
     body = "".join(
-        f"<tr{' class=pick' if mark else ''}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
+        f"<tr{' class=pick' if mark else ''}>{''.join(map(_write_cell, header, row))}</tr>"
         for row, mark in zip(rows, marked, strict=True)
     )
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    width = _estimate_width([header, *rows])
+    stack = next((bound for bound in TABLE_WIDTHS if width <= bound), TABLE_WIDTHS[-1])
+    table = f"<table class='stack-{stack}'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class='scroll'>{table}</div>"
+
+
+def _write_cell(label: str, cell: str) -> str:
+    kind = " class=text" if _is_text(cell) else ""
+    return f"<td{kind} data-label='{html.escape(label)}'>{html.escape(cell)}</td>"
+
+
+def _is_text(cell: str) -> bool:
+    """Whether a cell may be broken between its words, as numbers may not."""
+    return cell[:1].isalpha()
+
+
+def _estimate_width(rows: list[list[str]]) -> float:
+    """What a table takes in rem: .55 a character, and 1 between columns."""
+    widths = []
+    for column in zip(*rows, strict=True):
+        header, *cells = column
+        pieces = [*header.split(), *(piece for cell in cells for piece in cell.split(None if _is_text(cell) else "\n"))]
+        widths.append(0.55 * max(map(len, pieces), default=0) + 1)
+    return sum(widths)
 
 
 def draw(figure: go.Figure, *, with_library: bool = True) -> str:

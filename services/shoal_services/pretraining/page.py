@@ -40,9 +40,9 @@ NOTE = (
     "Points are means over seeds, bars one standard error over seeds. Linearity is the mean over the blocks of the share "
     "of variance that one affine map explains: “held out” is fitted on one half of the tokens and scored on the other, "
     "sinks left out; “in sample” is the score of arXiv 2405.12250. Runs of one seed begin with the same weights and see "
-    "the same windows in the same order, so differences to λ = 0 are taken seed by seed. “Loss without a block”: how much "
-    "the validation loss rises in nats per token if one block is removed, mean over all but the first and the last; “with "
-    "its map”: if the block’s best affine map stands there instead."
+    "the same windows in the same order, so differences to λ = 0 (second lines) are taken seed by seed. “Loss without a "
+    "block”: how much the validation loss rises in nats per token if one block is removed, mean over all but the first and "
+    "the last; “with its map”: if the block’s best affine map stands there instead."
 )
 
 
@@ -126,15 +126,15 @@ def _look(index: int) -> dict:
 
 
 def _final_table(groups: Groups) -> str:
-    header, rows = ["", "seeds"], []
-    for title in COLUMNS.values():
-        header += [title, "− λ = 0"]
+    """A row for each regulariser; below each number its difference to λ = 0."""
+    rows = []
     baseline = groups.get(Regularizer(), [])
     for one, runs in groups.items():
         row = [_name(one), str(len(runs))]
         for field in COLUMNS:
             digits = 2 if field == "validation_perplexity" else 4
             difference = compare(runs, baseline, field) if one.weight else None
-            row += [estimate(runs, field).text(digits), difference.text(digits, sign=True) if difference else ""]
+            below = f"\n{difference.text(digits, sign=True)}" if difference else ""
+            row.append(estimate(runs, field).text(digits) + below)
         rows.append(row)
-    return make_table(header, rows, [one.kind == "none" for one in groups])
+    return make_table(["", "seeds", *COLUMNS.values()], rows, [one.kind == "none" for one in groups])
