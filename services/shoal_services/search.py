@@ -24,7 +24,7 @@ from shoal_services.events import SearchEvents
 from shoal_services.folder import RunFolder, TrialResult
 from shoal_services.linearity_page import write_linearity_page
 from shoal_services.lock import hold
-from shoal_services.preflight import check_writable, clear_cluster
+from shoal_services.preflight import clear_cluster
 from shoal_services.registry import BASE_TAG, HASH_TAG, SEARCH_TAG, describe_point
 from shoal_services.report import write_frontier_page
 from shoal_services.tracking import Delivery, Tracker
@@ -64,23 +64,21 @@ def run_search(config: SearchConfig, audience: SearchAudience, *, num_cpus: int 
 
     Raises ValueError or OSError for what cannot work (before any trial), KeyboardInterrupt after a clean stop.
     """
-    folder = RunFolder(config.folder)
-    check_writable(folder.root)
-    with hold(folder.root):
-        try:
-            return _search(config, folder, audience, num_cpus)
-        finally:
-            ray.shutdown()
-
-
-def _search(config: SearchConfig, folder: RunFolder, audience: SearchAudience, num_cpus: int | None) -> Outcome:
+    folder, resolved = RunFolder(config.folder), config.resolved()
     audience("start Ray", 0, 1)
-    connect(config.run.address, num_cpus=num_cpus)
-    folder.claim_search(config)
-    config = config.resolved()
-    inputs = (config.model, *config.texts.train, *config.texts.evaluation)
-    concurrent = clear_cluster(config.run, folder.root, audience.remark, inputs)
-    audience("start Ray", 1, 1)
+    try:
+        connect(config.run.address, num_cpus=num_cpus)
+        inputs = (resolved.model, *resolved.texts.train, *resolved.texts.evaluation)
+        concurrent = clear_cluster(config.run, folder.root, audience.remark, inputs)
+        with hold(folder.root):
+            folder.claim_search(config)
+            audience("start Ray", 1, 1)
+            return _search(resolved, folder, concurrent, audience)
+    finally:
+        ray.shutdown()
+
+
+def _search(config: SearchConfig, folder: RunFolder, concurrent: int, audience: SearchAudience) -> Outcome:
     prepare_search(config, folder, concurrent, audience)
     scores = read_scores(folder.scores)
     write_scores(folder.root / "linearity.json", scores)

@@ -18,7 +18,7 @@ from shoal_services.finetuning.results import MEASURES, Finetuned, FinetuneFolde
 from shoal_services.finetuning.worker import finetune_worker
 from shoal_services.linearity_page import write_comparison_page
 from shoal_services.lock import hold
-from shoal_services.preflight import check_writable, clear_cluster
+from shoal_services.preflight import clear_cluster
 from shoal_services.space import read_assignment
 from shoal_services.tracking import Delivery, Tracker
 from shoal_services.tuning import Audience, run_missing, run_workers
@@ -55,23 +55,21 @@ def run_finetuning(config: FinetuneConfig, audience: Audience, *, num_cpus: int 
     Raises ValueError or OSError for what cannot work (before any run), KeyboardInterrupt after a clean stop.
     """
     config.load_examples()
-    folder = FinetuneFolder(config.folder)
-    check_writable(folder.root)
-    with hold(folder.root):
-        try:
-            return _finetune(config, folder, audience, num_cpus)
-        finally:
-            ray.shutdown()
-
-
-def _finetune(config: FinetuneConfig, folder: FinetuneFolder, audience: Audience, num_cpus: int | None) -> FinetuneOutcome:
+    folder, resolved = FinetuneFolder(config.folder), config.resolved()
     audience("start Ray", 0, 1)
-    connect(config.run.address, num_cpus=num_cpus)
-    folder.claim(config.name, config.science, extensible="seeds")
-    config = config.resolved()
-    inputs = (config.model, config.data, *config.texts.train)
-    concurrent = clear_cluster(config.run, folder.root, audience.remark, inputs)
-    audience("start Ray", 1, 1)
+    try:
+        connect(config.run.address, num_cpus=num_cpus)
+        inputs = (resolved.model, resolved.data, *resolved.texts.train)
+        concurrent = clear_cluster(config.run, folder.root, audience.remark, inputs)
+        with hold(folder.root):
+            folder.claim(config.name, config.science, extensible="seeds")
+            audience("start Ray", 1, 1)
+            return _finetune(resolved, folder, concurrent, audience)
+    finally:
+        ray.shutdown()
+
+
+def _finetune(config: FinetuneConfig, folder: FinetuneFolder, concurrent: int, audience: Audience) -> FinetuneOutcome:
     tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")
     events = FinetuneEvents(config, folder, tracker, on_end=lambda _: _count(config, folder, audience))
     with events.running():

@@ -13,7 +13,7 @@ from shoal.pretrain_corpus import load_pretrain_corpus
 from shoal_services.cluster import connect
 from shoal_services.events import TrialEvents
 from shoal_services.lock import hold
-from shoal_services.preflight import check_writable, clear_cluster
+from shoal_services.preflight import clear_cluster
 from shoal_services.pretraining.config import PretrainConfig
 from shoal_services.pretraining.page import write_pretraining_page
 from shoal_services.pretraining.results import FIELDS, SCORES, PretrainFolder, PretrainResult, summarise, write_results
@@ -61,20 +61,23 @@ def run_pretraining(config: PretrainConfig, audience: PretrainAudience, *, num_c
     Raises ValueError or OSError for what cannot work (before any run), KeyboardInterrupt after a clean stop.
     """
     folder = PretrainFolder(config.folder)
-    check_writable(folder.root)
-    with hold(folder.root):
-        audience("start Ray", 0, 1)
-        try:
-            connect(config.run.address, num_cpus=num_cpus)
-            audience("start Ray", 1, 1)
-            return sweep(config, folder, audience)
-        finally:
-            ray.shutdown()
+    audience("start Ray", 0, 1)
+    try:
+        connect(config.run.address, num_cpus=num_cpus)
+        audience("start Ray", 1, 1)
+        return sweep(config, folder, audience)
+    finally:
+        ray.shutdown()
 
 
 def sweep(config: PretrainConfig, folder: PretrainFolder, audience: PretrainAudience) -> PretrainOutcome:
-    """The same on the cluster that this process is connected to, in a folder that it holds."""
+    """The same on the cluster that this process is connected to."""
     concurrent = clear_cluster(config.run, folder.root, audience.remark)
+    with hold(folder.root):
+        return _sweep(config, folder, concurrent, audience)
+
+
+def _sweep(config: PretrainConfig, folder: PretrainFolder, concurrent: int, audience: PretrainAudience) -> PretrainOutcome:
     folder.claim(config.name, config.science, extensible="sweep")
     _prepare(config.resolved(), folder, audience)
     tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")
