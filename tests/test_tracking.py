@@ -348,7 +348,7 @@ def test_nothing_is_left_running_whatever_goes_wrong(folder, go_wrong, status, r
     assert isinstance(caught.value, (IndexError, KeyboardInterrupt, SystemExit))
     runs = runs_of(client_of(folder))
     parent = runs.pop(events.parent)
-    assert (parent.info.status, parent.data.tags.get("reason")) == (status, reason)
+    assert (parent.info.status, parent.data.tags.get("last_error")) == (status, reason)
     assert [run.info.status for run in runs.values()] == ["KILLED"]
 
 
