@@ -6,11 +6,13 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -317,6 +319,33 @@ def test_records_of_a_deleted_experiment_wait_and_are_told(folder, meanwhile):
     assert (run.data.metrics, run.info.status) == ({"loss": 1.0}, "FINISHED")
 
 
+@pytest.mark.slow
+def test_a_tracker_that_fails_for_some_records_takes_the_others_and_those_later(folder):
+    """Its database refuses metrics, and has lost its registry: errors on its side, not the records' fault."""
+    tracker = open_tracker(folder)
+    tracker.start_run("mine", "mine")
+    wait_until(lambda: tracker.num_unsent == 0)
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        database.execute("CREATE TRIGGER no_room BEFORE INSERT ON metrics BEGIN SELECT RAISE(ABORT, 'no room'); END")
+        database.execute("ALTER TABLE registered_models RENAME TO lost")
+        database.commit()
+        tracker.log_metrics("mine", {"loss": 1.0})
+        tracker.register(MODEL, "mine", source="/models/a", tags={}, aliases=["best"])
+        tracker.end_run("mine", "FINISHED")
+        assert tracker.close(patience_s=30) == 0
+        assert {op for op, _ in tracker.delivery.refused} == {"metrics", "version"}
+        run = runs_of(client_of(folder))["mine"]
+        assert (run.data.metrics, run.info.status) == ({}, "FINISHED")
+        database.execute("DROP TRIGGER no_room")
+        database.execute("ALTER TABLE lost RENAME TO registered_models")
+        database.commit()
+    again = open_tracker(folder)
+    assert again.close() == 0 and not again.delivery.complaints()
+    run = runs_of(client_of(folder))["mine"]
+    assert (run.data.metrics, run.info.status) == ({"loss": 1.0}, "FINISHED")
+    assert client_of(folder).get_model_version_by_alias(MODEL, "best").source == "/models/a"
+
+
 def test_a_run_that_somebody_deletes_is_made_anew_for_what_comes(folder):
     client, tracker = client_of(folder), open_tracker(folder)
     tracker.start_run("mine", "mine")
@@ -348,7 +377,7 @@ def test_nothing_is_left_running_whatever_goes_wrong(folder, go_wrong, status, r
     assert isinstance(caught.value, (IndexError, KeyboardInterrupt, SystemExit))
     runs = runs_of(client_of(folder))
     parent = runs.pop(events.parent)
-    assert (parent.info.status, parent.data.tags.get("reason")) == (status, reason)
+    assert (parent.info.status, parent.data.tags.get("last_error")) == (status, reason)
     assert [run.info.status for run in runs.values()] == ["KILLED"]
 
 

@@ -54,7 +54,7 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
     def running(self) -> Iterator[None]:
         """Inside, the parent run counts as running; what goes wrong ends it, and its children. Then all is sent.
 
-        Ctrl-C and SIGTERM end it as killed, anything else as failed, with the error as its tag `reason`.
+        Ctrl-C and SIGTERM end it as killed, anything else as failed, with the error as its tag `last_error`.
         """
         self.tracker.start_run(self.parent, name=self.config.name, params=flatten(self.config.science))
         try:
@@ -64,7 +64,7 @@ class TrialEvents(ray.tune.Callback, Generic[E]):
             is_asked = isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
             with contextlib.suppress(OSError):  # no room for a record: the error itself is what must be told
                 if not is_asked:
-                    self.tracker.log_tags(self.parent, {"reason": f"{type(error).__name__}: {error}"})
+                    self.tracker.log_tags(self.parent, {"last_error": f"{type(error).__name__}: {error}"})
                 self.tracker.end_orphans(self.parent)
                 self.tracker.end_run(self.parent, "KILLED" if is_asked else "FAILED")
             raise
