@@ -259,19 +259,29 @@ class Endpoint(Fleet):
         self._told = config
 
     def stop(self) -> None:
-        """Lets running requests finish, then ends Serve, and Ray where it was started here."""
+        """Lets running requests finish, then ends what was deployed, Serve if nothing else uses it, and Ray if started here.
+
+        The gateway goes first, which waits for its answers; `serve.shutdown` alone would wait for half a minute at most.
+        """
+        is_local = self._started_ray and self.settings.address is None
         with contextlib.suppress(KeyboardInterrupt):  # a second one: at once
             if self._told is not None:
-                self._drain()
-            serve.shutdown()
+                self._end_applications({GATEWAY})
+                self._end_applications(
+                    {OBSERVER, SHELF, *(served.app for served in self.served.values()), *self._idle_since}
+                )
+            # A local Ray takes Serve with it, and without the errors that Serve's controller leaves in its wake.
+            if not is_local and ray.is_initialized() and not serve.status().applications:
+                serve.shutdown()
         if self._started_ray:
             ray.shutdown()
 
-    def _drain(self) -> None:
-        """The gateway first, which waits for its answers: Serve's own shutdown waits for half a minute at most."""
-        serve.delete(GATEWAY, _blocking=False)
+    def _end_applications(self, names: set[str]) -> None:
+        """Returns once they have ended, or had their time."""
         until = time.monotonic() + find_grace_s(self.settings.limits) + STOP_S
-        while GATEWAY in serve.status().applications and time.monotonic() < until:
+        for name in names & set(serve.status().applications):
+            serve.delete(name, _blocking=False)
+        while names & set(serve.status().applications) and time.monotonic() < until:
             time.sleep(0.2)
 
 
