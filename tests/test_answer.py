@@ -12,9 +12,9 @@ import pytest
 from ray.exceptions import ActorDiedError
 from shoal_services.serving.answer import Answer
 from shoal_services.serving.app import build
+from shoal_services.serving.application import make_application
 from shoal_services.serving.channel import Inbox, Outbox, Reply
 from shoal_services.serving.course import Course
-from shoal_services.serving.deploy import _make_variant
 from shoal_services.serving.failures import BrokenOff, describe_failure
 from shoal_services.serving.gateway import Gateway
 from shoal_services.serving.generation import Call, Delta, EngineFailed, Piece, QueueFull
@@ -139,7 +139,7 @@ def test_a_stream_of_a_replica_that_dies_ends_with_an_error():
 
 def test_serve_waits_longer_than_answers_may_go_on():
     settings = ServeSettings(variants={"dense": VariantSettings(model="m")}, limits=Limits(drain_s=300))
-    variant = _make_variant("dense", "m", settings)._bound_deployment
+    variant = make_application("dense", "m", settings)._bound_deployment
     gateway = build({"variants": {"dense": {"model": "m"}}, "allow_anonymous": True, "limits": {"drain_s": 300}})
     for deployment in (variant, gateway._bound_deployment):
         assert deployment._deployment_config.graceful_shutdown_timeout_s > 302
