@@ -10,6 +10,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
 from shoal_services.serving.answer import Answer
 from shoal_services.serving.app import build
 from shoal_services.serving.application import make_application
@@ -18,6 +20,7 @@ from shoal_services.serving.course import Course
 from shoal_services.serving.failures import BrokenOff, describe_failure
 from shoal_services.serving.gateway import Gateway
 from shoal_services.serving.generation import Call, Delta, EngineFailed, Piece, QueueFull
+from shoal_services.serving.health import HEALTHY, read_state
 from shoal_services.serving.listener import Listener
 from shoal_services.serving.settings import Limits, ServeSettings, VariantSettings
 
@@ -143,3 +146,24 @@ def test_serve_waits_longer_than_answers_may_go_on():
     gateway = build({"variants": {"dense": {"model": "m"}}, "allow_anonymous": True, "limits": {"drain_s": 300}})
     for deployment in (variant, gateway._bound_deployment):
         assert deployment._deployment_config.graceful_shutdown_timeout_s > 302
+
+
+@pytest.mark.parametrize(
+    ("status", "replicas", "sleeps", "state"),
+    [
+        (DeploymentStatus.HEALTHY, {ReplicaState.RUNNING: 1}, False, "ready"),
+        (DeploymentStatus.UNHEALTHY, {ReplicaState.RUNNING: 1, ReplicaState.STARTING: 1}, False, "ready"),
+        (DeploymentStatus.UNHEALTHY, {ReplicaState.STARTING: 1, ReplicaState.STOPPING: 1}, False, "down"),
+        (DeploymentStatus.UPDATING, {ReplicaState.STARTING: 1}, False, "starting"),
+        (DeploymentStatus.HEALTHY, {}, True, "asleep"),
+        (DeploymentStatus.UPSCALING, {ReplicaState.STARTING: 1}, True, "waking"),
+        (DeploymentStatus.UNHEALTHY, {ReplicaState.STARTING: 1}, True, "down"),
+        (None, {}, False, "gone"),
+    ],
+)
+def test_a_variant_is_well_if_it_answers_or_sleeps(status: Any, replicas: dict[Any, int], sleeps: bool, state: str):
+    deployment = DeploymentStatusOverview(status, DeploymentStatusTrigger.UNSPECIFIED, replicas, "")
+    application = ApplicationStatusOverview(ApplicationStatus.RUNNING, "", 0.0, {"variant": deployment})
+    known = ServeStatus(applications={} if status is None else {"a": application})
+    assert read_state(known, CARD | {"sleeps": sleeps}) == state
+    assert (state in HEALTHY) == (state in ("ready", "asleep", "waking"))
