@@ -10,7 +10,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from ray.exceptions import ActorDiedError
-from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
+from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
 from shoal_services.serving.answer import Answer
 from shoal_services.serving.app import build
@@ -151,13 +151,13 @@ def test_serve_waits_longer_than_answers_may_go_on():
 @pytest.mark.parametrize(
     ("status", "replicas", "sleeps", "state"),
     [
-        (DeploymentStatus.HEALTHY, {ReplicaState.RUNNING: 1}, False, "ready"),
-        (DeploymentStatus.UNHEALTHY, {ReplicaState.RUNNING: 1, ReplicaState.STARTING: 1}, False, "ready"),
-        (DeploymentStatus.UNHEALTHY, {ReplicaState.STARTING: 1, ReplicaState.STOPPING: 1}, False, "down"),
-        (DeploymentStatus.UPDATING, {ReplicaState.STARTING: 1}, False, "starting"),
+        (DeploymentStatus.HEALTHY, {"RUNNING": 1}, False, "ready"),
+        (DeploymentStatus.UNHEALTHY, {"RUNNING": 1, "STARTING": 1}, False, "ready"),
+        (DeploymentStatus.UNHEALTHY, {"STARTING": 1, "STOPPING": 1}, False, "down"),
+        (DeploymentStatus.UPDATING, {"STARTING": 1}, False, "starting"),
         (DeploymentStatus.HEALTHY, {}, True, "asleep"),
-        (DeploymentStatus.UPSCALING, {ReplicaState.STARTING: 1}, True, "waking"),
-        (DeploymentStatus.UNHEALTHY, {ReplicaState.STARTING: 1}, True, "down"),
+        (DeploymentStatus.UPSCALING, {"STARTING": 1}, True, "waking"),
+        (DeploymentStatus.UNHEALTHY, {"STARTING": 1}, True, "down"),
         (None, {}, False, "gone"),
     ],
 )
