@@ -10,14 +10,17 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
 from shoal_services.serving.answer import Answer
 from shoal_services.serving.app import build
+from shoal_services.serving.application import make_application
 from shoal_services.serving.channel import Inbox, Outbox, Reply
 from shoal_services.serving.course import Course
-from shoal_services.serving.deploy import _make_variant
 from shoal_services.serving.failures import BrokenOff, describe_failure
 from shoal_services.serving.gateway import Gateway
 from shoal_services.serving.generation import Call, Delta, EngineFailed, Piece, QueueFull
+from shoal_services.serving.health import HEALTHY, read_state
 from shoal_services.serving.listener import Listener
 from shoal_services.serving.settings import Limits, ServeSettings, VariantSettings
 
@@ -139,7 +142,28 @@ def test_a_stream_of_a_replica_that_dies_ends_with_an_error():
 
 def test_serve_waits_longer_than_answers_may_go_on():
     settings = ServeSettings(variants={"dense": VariantSettings(model="m")}, limits=Limits(drain_s=300))
-    variant = _make_variant("dense", "m", settings)._bound_deployment
+    variant = make_application("dense", "m", settings)._bound_deployment
     gateway = build({"variants": {"dense": {"model": "m"}}, "allow_anonymous": True, "limits": {"drain_s": 300}})
     for deployment in (variant, gateway._bound_deployment):
         assert deployment._deployment_config.graceful_shutdown_timeout_s > 302
+
+
+@pytest.mark.parametrize(
+    ("status", "replicas", "sleeps", "state"),
+    [
+        (DeploymentStatus.HEALTHY, {"RUNNING": 1}, False, "ready"),
+        (DeploymentStatus.UNHEALTHY, {"RUNNING": 1, "STARTING": 1}, False, "ready"),
+        (DeploymentStatus.UNHEALTHY, {"STARTING": 1, "STOPPING": 1}, False, "down"),
+        (DeploymentStatus.UPDATING, {"STARTING": 1}, False, "starting"),
+        (DeploymentStatus.HEALTHY, {}, True, "asleep"),
+        (DeploymentStatus.UPSCALING, {"STARTING": 1}, True, "waking"),
+        (DeploymentStatus.UNHEALTHY, {"STARTING": 1}, True, "down"),
+        (None, {}, False, "gone"),
+    ],
+)
+def test_a_variant_is_well_if_it_answers_or_sleeps(status: Any, replicas: dict[Any, int], sleeps: bool, state: str):
+    deployment = DeploymentStatusOverview(status, DeploymentStatusTrigger.UNSPECIFIED, replicas, "")
+    application = ApplicationStatusOverview(ApplicationStatus.RUNNING, "", 0.0, {"variant": deployment})
+    known = ServeStatus(applications={} if status is None else {"a": application})
+    assert read_state(known, CARD | {"sleeps": sleeps}) == state
+    assert (state in HEALTHY) == (state in ("ready", "asleep", "waking"))

@@ -531,7 +531,7 @@ def test_with_keys_strangers_stay_out(endpoint: Endpoint, tmp_path: Path):
 def test_a_stop_waits_for_streams_longer_than_half_a_minute(tiny_random: str, tmp_path: Path):
     """By the command itself: whoever streams at SIGTERM goes on, nobody else gets in, and nothing red is printed."""
     port, log = free_port(), tmp_path / "log.txt"
-    limits = {"max_batch_size": 1, "max_context": 2048, "drain_s": 300}
+    limits = {"max_batch_size": 2, "max_context": 2048, "drain_s": 300}
     (tmp_path / "serve.yaml").write_text(
         json.dumps({"port": port, "variants": {"dense": {"model": tiny_random}}, "limits": limits})
     )

@@ -9,29 +9,33 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus, LoggingConfig
+from ray.serve.schema import LoggingConfig
 from shoal.recipe import fingerprint
 
 from shoal_services.cluster import connect
 from shoal_services.registry import REGISTRY, find_registered
+from shoal_services.serving.application import (
+    REFUSED_AT_ONCE,
+    VARIANT,
+    find_problem,
+    is_running,
+    make_application,
+    make_safe,
+)
 from shoal_services.serving.guard import require_keys
 from shoal_services.serving.listener import Listener, find_grace_s, require_free_port
 from shoal_services.serving.observer import Observer
 from shoal_services.serving.settings import ServeSettings
 from shoal_services.serving.shelf import make_shelf
 from shoal_services.serving.sources import find_version
-from shoal_services.serving.variant import Variant
 
-GATEWAY, OBSERVER, SHELF, VARIANT = "gateway", "observer", "shelf", "variant"
-# Calls on their way to being refused by a replica.
-REFUSED_AT_ONCE = 16
+GATEWAY, OBSERVER, SHELF = "gateway", "observer", "shelf"
 CHECK_S = 120
 # Until Serve's controller has noticed that a replica has ended.
 STOP_S = 5
@@ -104,12 +108,12 @@ class Fleet:
             return False
         if variant.shared:
             self._put_on_shelf(served.app, {"name": name, "place": place, "variant": variant.model_dump()})
-        elif not _is_running(served.app):
+        elif not is_running(served.app):
             try:
-                serve.run(_make_variant(name, place, self.settings), name=served.app, route_prefix=None)
+                serve.run(make_application(name, place, self.settings), name=served.app, route_prefix=None)
             except RuntimeError as error:
                 self._broken.add(served.app)
-                problem = _find_problem(served.app) or str(error)
+                problem = find_problem(served.app) or str(error)
                 serve.delete(served.app)
                 raise ValueError(f"variant {name!r} does not start from {place!r}: {problem}") from error
         self.served[name] = served
@@ -259,66 +263,31 @@ class Endpoint(Fleet):
         self._told = config
 
     def stop(self) -> None:
-        """Lets running requests finish, then ends Serve, and Ray where it was started here."""
+        """Lets running requests finish, then ends what was deployed; Serve if nobody else uses it; Ray if started here.
+
+        The gateway goes first, which waits for its answers; `serve.shutdown` alone would wait for half a minute at most.
+        """
+        is_local = self._started_ray and self.settings.address is None
+        others = {OBSERVER, SHELF, *(served.app for served in self.served.values()), *self._idle_since}
         with contextlib.suppress(KeyboardInterrupt):  # a second one: at once
-            if self._told is not None:
-                self._drain()
-            serve.shutdown()
+            if ray.is_initialized():
+                self._end_applications({GATEWAY})
+                self._end_applications(others)
+            # A local Ray takes Serve with it, and without the errors that Serve's controller leaves in its wake.
+            if ray.is_initialized() and not is_local and not serve.status().applications:
+                serve.shutdown()
         if self._started_ray:
             ray.shutdown()
 
-    def _drain(self) -> None:
-        """The gateway first, which waits for its answers: Serve's own shutdown waits for half a minute at most."""
-        serve.delete(GATEWAY, _blocking=False)
+    def _end_applications(self, names: set[str]) -> None:
+        """Returns once they have ended, or had their time."""
         until = time.monotonic() + find_grace_s(self.settings.limits) + STOP_S
-        while GATEWAY in serve.status().applications and time.monotonic() < until:
+        for name in names & set(serve.status().applications):
+            serve.delete(name, _blocking=False)
+        while names & set(serve.status().applications) and time.monotonic() < until:
             time.sleep(0.2)
 
 
 def resolve(model: str, tracking_uri: str | None) -> str:
     """Where a model's weights are. Raises ValueError for a registry name that leads nowhere."""
     return find_registered(model, tracking_uri) if model.startswith(REGISTRY) else model
-
-
-def make_safe(name: str) -> str:
-    """A variant's name as Serve takes it, in names of applications and of files: `org/name` → org-name."""
-    return re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)
-
-
-def _is_running(app: str) -> bool:
-    """Whether it serves already: it was rolled back to, or somebody before us has deployed it."""
-    status = serve.status().applications.get(app)
-    return status is not None and status.status == ApplicationStatus.RUNNING
-
-
-def _make_variant(name: str, place: str, settings: ServeSettings) -> serve.Application:
-    variant, limits = settings.variants[name], settings.limits
-    scaling: dict[str, Any] = {"num_replicas": variant.max_replicas}
-    if variant.min_replicas != variant.max_replicas:
-        scaling = {
-            "autoscaling_config": {
-                "min_replicas": variant.min_replicas, "max_replicas": variant.max_replicas,
-                "target_ongoing_requests": max(1, limits.max_batch_size // 2), "upscale_delay_s": 2,
-                "downscale_delay_s": variant.idle_s,
-            }
-        }  # fmt: skip
-    deployment = cast(serve.Deployment, serve.deployment(Variant)).options(
-        name=VARIANT,
-        # The replica itself refuses what is over its limits; behind this, requests wait only where none is up.
-        max_ongoing_requests=limits.max_batch_size + limits.max_queued + REFUSED_AT_ONCE,
-        max_queued_requests=max(1, limits.max_queued),  # Serve refuses everything at 0
-        ray_actor_options={"num_cpus": variant.cpus_per_replica, "num_gpus": variant.gpus_per_replica},
-        max_constructor_retry_count=2,
-        health_check_period_s=1,
-        graceful_shutdown_timeout_s=find_grace_s(limits),
-        **scaling,
-    )
-    return deployment.bind(name, place, variant.model_dump(), limits.model_dump())
-
-
-def _find_problem(app: str) -> str | None:
-    """The last line of what Serve says about a deployment that failed: the error that the replica raised."""
-    status = serve.status().applications.get(app)
-    messages = [deployment.message for deployment in status.deployments.values()] if status else []
-    lines = [line.strip() for message in messages for line in message.splitlines() if "Error" in line]
-    return lines[-1] if lines else None

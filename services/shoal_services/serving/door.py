@@ -54,7 +54,8 @@ class Door:
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        refusal = self._check_key(scope["path"].removeprefix(scope["root_path"]), headers) or self._check_size(headers)
+        path = "/" + scope["path"].removeprefix(scope.get("root_path", "")).lstrip("/")
+        refusal = self._check_key(path, headers) or self._check_size(headers)
         if refusal is not None:
             await self._refuse(refusal, scope, receive, send)
             return

@@ -49,7 +49,8 @@ def read_state(status: ServeStatus, card: dict[str, Any]) -> str:
 
 
 def _read_deployment(deployment: DeploymentStatusOverview, *, sleeps: bool) -> str:
-    replicas = {str(state.value): count for state, count in deployment.replica_states.items() if count}
+    # Serve gives the names of states, where its annotation says the states themselves.
+    replicas = {str(getattr(state, "value", state)): count for state, count in deployment.replica_states.items()}
     if replicas.get("RUNNING"):
         return "ready"
     if deployment.status.value in ("UNHEALTHY", "DEPLOY_FAILED"):
