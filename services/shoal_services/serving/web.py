@@ -31,7 +31,7 @@ def make_app(gateway: Gateway) -> FastAPI:
     """The FastAPI application whose routes speak to the gateway. Its keys and limits count as they are at the time."""
     app = FastAPI(title="Shoal", summary="Depth-compressed language models behind OpenAI's interfaces", docs_url=None)
     app.add_middleware(BodyLimit, find_max_bytes=lambda: gateway.limits.max_body_bytes)
-    _add_error_shapes(app)
+    add_error_shapes(app)
     guarded = [Depends(check_key(lambda: gateway.keys))]
     errors: dict[int | str, dict[str, Any]] = {
         status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
@@ -89,7 +89,9 @@ async def _unless_gone(connection: Request, answer: Coroutine[None, None, Respon
     return Response(status_code=CLIENT_GONE)
 
 
-def _add_error_shapes(app: FastAPI) -> None:
+def add_error_shapes(app: FastAPI) -> None:
+    """Has the application say what is raised in OpenAI's shape, with the status that tells whether to ask again."""
+
     def shaped(status: int, message: str, **extra: Any) -> JSONResponse:
         headers = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else None
         return JSONResponse(make_error(status, message, **extra), status, headers)
