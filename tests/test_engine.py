@@ -331,6 +331,21 @@ def test_what_is_over_the_rows_and_the_queue_is_refused_at_once(engine: Engine):
     assert isinstance(asyncio.run(engine.generate(ask("later", 2))), Delta)
 
 
+def test_one_who_leaves_the_queue_makes_room_in_it(engine: Engine):
+    async def leave_the_queue() -> Delta:
+        running = [asyncio.create_task(engine.generate(ask(f"{i}", 100))) for i in range(4)]
+        leaving = asyncio.create_task(engine.generate(ask("left", 100)))
+        await asyncio.sleep(0.1)
+        leaving.cancel()
+        await asyncio.sleep(0)
+        answer = await engine.generate(ask("last", 2))
+        await asyncio.gather(*running)
+        return answer
+
+    engine.max_waiting = 1
+    assert asyncio.run(leave_the_queue()).finish_reason == "length"
+
+
 def test_the_end_token_ends_the_text(engine: Engine):
     free = asyncio.run(engine.generate(ask("abc", 5)))
     engine.end_tokens = frozenset({free.tokens[2].id})
