@@ -135,22 +135,24 @@ ALONE = [continue_alone(LLAMA, prompt, 26) for prompt in prompts_of(*range(3, 30
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bfloat16 products are emulated here")
 def test_bfloat16_logits_are_the_same_bit_by_bit_whatever_runs_beside():
     model = make_model("llama").bfloat16()
-    decoder = BatchedDecoder(model, max_batch_size=8)
-    prompts = prompts_of(4, 25, 13)
+    shared = BatchedDecoder(model, max_batch_size=8)
+    apart = BatchedDecoder(model, max_batch_size=8, max_cached=1600)
+    prompts, rooms = prompts_of(4, 25, 13), (16, 600, 16)
 
-    def run(names: list[int]) -> dict[int, list[torch.Tensor]]:
+    def run(names: list[int], decoder: BatchedDecoder = shared) -> dict[int, list[torch.Tensor]]:
         decoder.clear()
-        logits = {name: [decoder.prefill(prompts[name], room=16)[-1]] for name in names}
+        logits = {name: [decoder.prefill(prompts[name], room=rooms[name])[-1]] for name in names}
         for _ in range(6):
             stepped = decoder.step([int(logits[name][-1].argmax()) for name in names])
             for name, row in zip(names, stepped, strict=True):
                 logits[name].append(row)
         return logits
 
-    together = run([0, 1, 2])
-    for name in range(3):
-        for one, other in zip(run([name])[name], together[name], strict=True):
-            assert torch.equal(one, other)
+    for together in (run([0, 1, 2]), run([0, 1, 2], apart)):
+        for name in range(3):
+            for one, other in zip(run([name])[name], together[name], strict=True):
+                assert torch.equal(one, other)
+    assert [len(decoder.caches) for decoder in (shared, apart)] == [1, 2]
 
 
 def test_a_model_that_cannot_be_batched_is_refused(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch):
@@ -327,6 +329,21 @@ def test_what_is_over_the_rows_and_the_queue_is_refused_at_once(engine: Engine):
     answers = asyncio.run(all_at_once())
     assert [type(answer) for answer in answers] == [Delta] * 7 + [QueueFull] * 3
     assert isinstance(asyncio.run(engine.generate(ask("later", 2))), Delta)
+
+
+def test_one_who_leaves_the_queue_makes_room_in_it(engine: Engine):
+    async def leave_the_queue() -> Delta:
+        running = [asyncio.create_task(engine.generate(ask(f"{i}", 100))) for i in range(4)]
+        leaving = asyncio.create_task(engine.generate(ask("left", 100)))
+        await asyncio.sleep(0.1)
+        leaving.cancel()
+        await asyncio.sleep(0)
+        answer = await engine.generate(ask("last", 2))
+        await asyncio.gather(*running)
+        return answer
+
+    engine.max_waiting = 1
+    assert asyncio.run(leave_the_queue()).finish_reason == "length"
 
 
 def test_the_end_token_ends_the_text(engine: Engine):

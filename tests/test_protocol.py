@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from typing import Any
 
 import openai.types.chat as chat_types
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types import Completion, completion_create_params
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from openai.types.chat import completion_create_params as chat_params
 from pydantic import BaseModel, ValidationError
-from shoal_services.serving.generation import ContextExceeded, Delta, Generation, Piece, Token
+from ray.exceptions import RayTaskError
+from shoal_services.serving.generation import ContextExceeded, Delta, Generation, OutOfMemory, Piece, RequestFailed, Token
 from shoal_services.serving.prompts import encode
 from shoal_services.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from shoal_services.serving.refusals import explain_body
+from shoal_services.serving.web import add_error_shapes
 from shoal_services.serving.writers import ChatWriter, CompletionWriter
 from transformers import PreTrainedTokenizerBase
 
@@ -220,3 +225,28 @@ def test_a_prompt_with_several_choices_is_counted_once():
     usage = {"prompt_tokens": 16, "completion_tokens": 12, "total_tokens": 28}
     assert writer.answer(pieces)["usage"] == usage
     assert writer.usage_chunk({index: piece.num_prompt_tokens for index, piece in enumerate(pieces)}, 12)["usage"] == usage
+
+
+@pytest.mark.parametrize(
+    ("cause", "status", "code"),
+    [
+        (ContextExceeded("too long"), 400, "context_length_exceeded"),
+        (ValueError("no such thing"), 400, None),
+        (RequestFailed("this request failed"), 500, None),
+        (OutOfMemory("no memory for it now"), 503, None),
+        (RuntimeError("the engine has failed"), 503, None),
+    ],
+)
+def test_what_a_replica_raises_has_the_status_that_tells_whether_to_ask_again(
+    cause: Exception, status: int, code: str | None
+):
+    app = FastAPI()
+    add_error_shapes(app)
+
+    @app.get("/")
+    def answer() -> None:
+        raise RayTaskError("generate", "a traceback", pickle.loads(pickle.dumps(cause))).as_instanceof_cause()
+
+    response = TestClient(app).get("/")
+    assert response.status_code == status
+    assert str(cause) in response.json()["error"]["message"] and response.json()["error"]["code"] == code

@@ -20,10 +20,9 @@ from shoal_services.serving.generation import (
     Generation,
     OutOfMemory,
     QueueFull,
-    RequestFailed,
     Token,
 )
-from shoal_services.serving.running import Running
+from shoal_services.serving.running import Running, explain_failure
 from shoal_services.serving.sampling import check_largest, describe_token
 from shoal_services.serving.spelling import Spelling
 
@@ -103,6 +102,9 @@ class Engine:
             await done
         finally:
             running.cancelled = True
+            with self._wake:
+                if running in self._waiting:
+                    self._waiting.remove(running)
         return Delta.join(deltas)
 
     def close(self) -> None:
@@ -164,7 +166,7 @@ class Engine:
         except Exception as error:
             if running in self._rows:
                 self._leave(running)
-            failure = _explain(error)
+            failure = explain_failure(error)
             running.fail(failure)
             if failure is not error and not isinstance(failure, OutOfMemory):
                 self.decoder.check_alive()
@@ -214,7 +216,7 @@ class Engine:
             try:
                 return self.decoder.step([running.last_token for running in self._rows])
             except (RuntimeError, MemoryError) as error:
-                failure = _explain(error)
+                failure = explain_failure(error)
                 if not isinstance(failure, OutOfMemory):
                     raise
                 longest = max(self._rows, key=lambda running: running.length)
@@ -245,12 +247,3 @@ def _settle(done: asyncio.Future[None], item: Delta | Exception) -> None:
         done.set_exception(item)
     else:
         done.set_result(None)
-
-
-def _explain(error: Exception) -> RequestFailed:
-    """What is said of an error that came while one request was worked on."""
-    if isinstance(error, RequestFailed):
-        return error
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return OutOfMemory("there is no memory for this request now; try again later, or with a shorter prompt")
-    return RequestFailed(f"this request failed: {type(error).__name__}: {error}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 
-from shoal_services.serving.generation import Delta, FinishReason, Generation, Token
+import torch
+
+from shoal_services.serving.generation import Delta, FinishReason, Generation, OutOfMemory, RequestFailed, Token
 from shoal_services.serving.sampling import Sampler
 from shoal_services.serving.spelling import Spelling
 from shoal_services.serving.text_stream import TextStream
@@ -61,3 +63,12 @@ class Running:
         """The text's next token with its text, and those beside it with theirs, where log probabilities are wanted."""
         wanted = self.request.sampling.num_logprobs is not None
         return self.stream.spelling.label(token, self.stream.before) if wanted else token
+
+
+def explain_failure(error: Exception) -> RequestFailed:
+    """What is said of an error that came while one request was worked on."""
+    if isinstance(error, RequestFailed):
+        return error
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return OutOfMemory("there is no memory for this request now; try again later, or with a shorter prompt")
+    return RequestFailed(f"this request failed: {type(error).__name__}: {error}")

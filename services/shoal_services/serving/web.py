@@ -30,7 +30,7 @@ def make_app(gateway: Gateway) -> Door:
     """The application whose routes speak to the gateway, behind its door. Keys and limits count as they are at the time."""
     summary = "Depth-compressed language models behind OpenAI's interfaces"
     app = FastAPI(title="Shoal", summary=summary, docs_url=None, redoc_url=None)
-    _add_error_shapes(app)
+    add_error_shapes(app)
     errors: dict[int | str, dict[str, Any]] = {
         status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
         for status, text in {
@@ -94,7 +94,9 @@ async def _unless_gone(connection: Request, answer: Coroutine[None, None, Respon
     return Response(status_code=CLIENT_GONE)
 
 
-def _add_error_shapes(app: FastAPI) -> None:
+def add_error_shapes(app: FastAPI) -> None:
+    """Has the application say what is raised in OpenAI's shape, with the status that tells whether to ask again."""
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         if not _is_json(request.headers.get("content-type", "")):
