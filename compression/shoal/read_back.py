@@ -6,7 +6,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +16,7 @@ from shoal.calls import record_calls
 from shoal.models import load_model, load_tokenizer, read_config
 from shoal.on_disk import hold, is_on_disk, named_weights
 from shoal.replace import holds_own_modules
+from shoal.shorten import build_skeleton
 
 NUM_TOKENS = 16
 SAMPLE = "The sea is 12 °C, naïve — 漢字.\n"
@@ -78,8 +78,7 @@ def _check_parts(folder: Path, model: PreTrainedModel) -> None:
 
 def _load_middle(folder: Path, class_name: str) -> PreTrainedModel:
     """A model with maps or factors, without weights but for its middle block's."""
-    with init_empty_weights(include_buffers=False):
-        loaded = getattr(modeling_shoal, f"Shoal{class_name}")(read_config(str(folder)))
+    loaded = build_skeleton(getattr(modeling_shoal, f"Shoal{class_name}"), read_config(str(folder)))
     loaded.tie_weights()
     blocks = find_blocks(loaded)
     prefix = next(f"{path}.{len(blocks) // 2}." for path, part in loaded.named_modules() if part is blocks)
@@ -88,7 +87,7 @@ def _load_middle(folder: Path, class_name: str) -> PreTrainedModel:
         with safe_open(file, "pt") as opened:
             weights |= {k.removeprefix(prefix): opened.get_tensor(k) for k in opened.keys() if k.startswith(prefix)}  # noqa: SIM118
     blocks[len(blocks) // 2].load_state_dict(weights, assign=True)
-    return loaded.eval()
+    return loaded
 
 
 def _require_names(shapes: dict[str, tuple], loaded: PreTrainedModel) -> None:

@@ -16,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from shoal.blocks import check_block_indices, find_blocks, text_config
 from shoal.layer_settings import keep_layers
@@ -47,8 +48,7 @@ def plan_shortening(model: PreTrainedModel, dropped: Iterable[int]) -> Shortenin
     kept = tuple(index for index in range(len(blocks)) if index not in gone)
     try:
         config = _shorten_config(model, kept)
-        with init_empty_weights(include_buffers=False):
-            skeleton = type(model)(config)
+        skeleton = build_skeleton(type(model), config)
         rebuilt = find_blocks(skeleton)
     except Exception as error:  # whatever a family's configuration does not bear
         raise ValueError(f"{_name(model)} cannot be without blocks {sorted(gone)}: {error}") from error
@@ -98,6 +98,16 @@ def recompute_blocks(model: PreTrainedModel, dropped: Iterable[int]) -> dict[int
             changed[index] = copy.deepcopy(blocks[index], {id(p): p for p in blocks[index].parameters()})
             _adopt_settings(changed[index], rebuilt[position])
     return changed
+
+
+def build_skeleton(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """The model as a loader builds it before it reads weights: parameters on the meta device, buffers computed."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        skeleton = model_class(config)
+    for parameter in skeleton.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # what a loader marks the weights with that it has
+    skeleton.initialize_weights()
+    return skeleton.eval()
 
 
 def _shorten_config(model: PreTrainedModel, kept: tuple[int, ...]) -> PretrainedConfig:
