@@ -17,7 +17,6 @@ from shoal.evaluate import Collapsed
 from shoal.recipe import Steps
 from shoal.shard import gather, is_sharded, local, share_like, whole
 
-
 # Below it, gradients of float16 would vanish rather than overflow.
 MIN_LOSS_SCALE = 2.0**-16
 

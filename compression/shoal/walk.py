@@ -148,8 +148,9 @@ def _refit_block(
             outputs.append(output)
             if on_disk:  # memory is short: the inputs, several times as wide as the stream, are computed again
                 inputs.clear()
-        fitted, fitted_bias = (t if t is None else t.to(weight) for t in fit_down_proj(gram, weight, bias, held_out=held))
-        change, shift = fitted - weight, 0 if fitted_bias is None else fitted_bias - bias
+        fitted, fitted_bias = fit_down_proj(gram, weight, bias, held_out=held)
+        fitted, fitted_bias = fitted.to(weight), None if fitted_bias is None else fitted_bias.to(weight)
+        change, shift = fitted - weight, 0 if fitted_bias is None or bias is None else fitted_bias - bias
         for index, batch in enumerate(student):
             if on_disk:
                 call.run(block, batch)
