@@ -142,7 +142,7 @@ def _refit_block(
     try:
         for index, (batch, wanted) in enumerate(zip(student, aim, strict=True)):
             output = call.run(block, batch)
-            z_btf = inputs[-1].view(*output.shape[:-1], -1)
+            z_btf = inputs[-1].reshape(*output.shape[:-1], -1)
             sink_n = _find_all_sinks(batch, wanted, z_btf)
             _add_apart(held if index % 2 else gram, gram, z_btf.flatten(0, 1), (wanted - output).flatten(0, 1), sink_n)
             outputs.append(output)
