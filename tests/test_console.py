@@ -17,7 +17,8 @@ from shoal.recipe import TaskScore
 from shoal_services import tables
 from shoal_services.commands.jobs import _say_how_to_return
 from shoal_services.console import mask_passwords, name_of, say, show
-from shoal_services.terminal import ProgressDisplay, tell_runs, tell_unsent
+from shoal_services.terminal import ProgressDisplay, tell_delivery, tell_runs
+from shoal_services.tracking import Delivery
 
 NAME = "org/a-model-with-a-long-name[v2]:smile:"
 POINTS = [
@@ -89,7 +90,7 @@ def test_passwords_are_never_printed(capsys, uri, masked):
     assert mask_passwords(uri) == masked
     say(uri)
     tell_runs(uri)
-    tell_unsent(3, f"no answer from {uri}")
+    tell_delivery(Delivery(3, f"no answer from {uri}"))
     ProgressDisplay().remark(uri)
     assert "s3cret" not in capsys.readouterr().err
     assert "s3cret" not in _say_how_to_return("job-1", uri)

@@ -151,7 +151,9 @@ def _make_arguments(
         num_train_epochs=settings.num_epochs, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup_fraction, lr_scheduler_type="linear", seed=seed, report_to=[],
         eval_strategy="epoch", save_strategy="epoch", save_total_limit=1, logging_steps=10, disable_tqdm=True,
-        use_cpu=model.device.type == "cpu", bf16=model.dtype == torch.bfloat16, remove_unused_columns=False,
+        use_cpu=model.device.type == "cpu", bf16=model.dtype == torch.bfloat16,
+        # Scales the loss too; transformers has that for CUDA alone.
+        fp16=model.dtype == torch.float16 and model.device.type == "cuda", remove_unused_columns=False,
         label_names=["labels"],
     )  # fmt: skip
 

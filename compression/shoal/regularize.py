@@ -4,7 +4,8 @@
 
 h_0 is what enters block 0 (the embeddings) and h_i the stream after i blocks, before the final norm. The paper does
 not say what is summed and what is averaged: here the sum is over blocks, and every term a mean over tokens; of the
-squared distance it is a mean over the d dimensions too, so that λ means the same for every width.
+squared distance it is a mean over the d dimensions too, so that λ means the same for every width. Sinks count: were long
+tokens left out, growing one would be a way around the penalty.
 """
 
 from __future__ import annotations
