@@ -117,13 +117,8 @@ class Shape:
         return 9.0 * self.num_blocks * self.width**3
 
     def solve_operations(self) -> float:
-<<<<<<< HEAD
         """In float64, of all blocks: for every λ and the last fit a Cholesky factor of Σ z zᵀ, its solution for
         `down_proj`, and its error on held-out tokens."""
-=======
-        """In float64, of all blocks: for every λ a Cholesky factor of Σ z zᵀ, its solution for `down_proj` and the error of
-        that on held-out tokens; and the last fit."""
->>>>>>> losses
         factor, product = self.mlp_width**3 / 3, 2.0 * self.mlp_width**2 * self.width
         return self.num_blocks * (NUM_RIDGES * (factor + 2 * product) + factor + product)
 

@@ -157,8 +157,7 @@ def _refit_block(
     try:
         for index, (batch, wanted) in enumerate(zip(student, aim, strict=True)):
             output = call.run(block, batch)
-<<<<<<< HEAD
-            z_btf = inputs[-1].view(*output.shape[:-1], -1)
+            z_btf = inputs[-1].reshape(*output.shape[:-1], -1)
             sink_n, missing_nd = _find_all_sinks(batch, wanted, z_btf), ((wanted - output) / gain).flatten(0, 1)
             _add_apart(held if index % 2 else gram, gram, z_btf.flatten(0, 1), missing_nd, sink_n)
             outputs.append(output)
@@ -167,17 +166,6 @@ def _refit_block(
         exact, exact_bias = fit_down_proj(gram, weight, bias, held_out=held)
         fitted, fitted_bias = exact.to(weight), None if exact_bias is None else exact_bias.to(weight)
         change, shift = fitted - weight, 0 if fitted_bias is None else fitted_bias - bias
-=======
-            z_btf = inputs[-1].reshape(*output.shape[:-1], -1)
-            sink_n = _find_all_sinks(batch, wanted, z_btf)
-            _add_apart(held if index % 2 else gram, gram, z_btf.flatten(0, 1), (wanted - output).flatten(0, 1), sink_n)
-            outputs.append(output)
-            if on_disk:  # memory is short: the inputs, several times as wide as the stream, are computed again
-                inputs.clear()
-        fitted, fitted_bias = fit_down_proj(gram, weight, bias, held_out=held)
-        fitted, fitted_bias = fitted.to(weight), None if fitted_bias is None else fitted_bias.to(weight)
-        change, shift = fitted - weight, 0 if fitted_bias is None or bias is None else fitted_bias - bias
->>>>>>> losses
         for index, batch in enumerate(student):
             if on_disk:
                 call.run(block, batch)
