@@ -15,7 +15,8 @@ from shoal.gram import Gram
 from shoal.moments import Moments
 from shoal.replace import AffineMap, Replacement, find_runs
 
-# The error over λ is flat for a decade on either side of its minimum: a coarse grid loses nothing.
+# The error over λ is flat for a decade on either side of its minimum: a coarse grid loses nothing. For `down_proj`, 10 and
+# 100 would often have the least error and 2.6 % more perplexity (SmolLM2-135M, 6 blocks, 12,288 calibration tokens).
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 

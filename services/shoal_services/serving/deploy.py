@@ -229,13 +229,14 @@ class Endpoint(Fleet):
         require_free_port(self.settings.host, self.settings.port)
         self.require_keys()
         places = {name: resolve(v.model, self.settings.tracking_uri) for name, v in self.settings.variants.items()}
-        listen("start Ray", 0, 1)
+        listen("start Ray", 0, 2)
         self._started_ray = not ray.is_initialized()
         connect(self.settings.address)
+        listen("start Ray", 1, 2)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location="Disabled", logging_config=logging_config)
-        listen("start Ray", 1, 1)
+        listen("start Ray", 2, 2)
         for done, (name, place) in enumerate(places.items()):
             listen("start variants", done, len(places))
             self._serve(name, place)

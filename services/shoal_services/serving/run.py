@@ -20,9 +20,13 @@ def run_endpoint(read_settings: Callable[[], ServeSettings]) -> None:
     endpoint = Endpoint(read_settings())
     _raise_on_signals()
     try:
-        with show_progress() as listen:
+        with show_progress() as show:
+
+            def listen(stage: str, done: int, total: int) -> None:
+                _raise_on_signals()  # Ray puts its own handlers there, which abort
+                show(stage, done, total)
+
             endpoint.start(listen)
-        _raise_on_signals()  # Ray has put its own handlers there
         names = [*endpoint.settings.variants, *endpoint.settings.routes]
         output.print(f"{endpoint.url}/v1  OpenAI's interfaces; models: {', '.join(names)}", soft_wrap=True)
         output.print(f"{endpoint.url}/    playground", soft_wrap=True)
