@@ -78,6 +78,7 @@ def test_products_of_short_floats_lose_nothing(dtype):
 def test_moments_are_those_of_the_stream(llama, windows):
     """Every second batch is held out, and a window's first token is apart."""
     moments = measure_moments(llama, windows, batch_size=8)
+    assert not moments.ordinary.xx.requires_grad  # or every pass would be kept, to be differentiated
     rows: list[list[torch.Tensor]] = [[] for _ in range(6)]
     with torch.no_grad(), watch_boundaries(llama, lambda boundary, stream: rows[boundary].append(stream.double())):
         for ids in windows.ids.split(8):

@@ -125,13 +125,13 @@ class Moments:
             raise ValueError(f"moments file {str(path)!r} is damaged ({error}); delete it and measure again") from error
 
 
-@torch.no_grad()
 def count_held_out(num_windows: int) -> int:
     """How many of so many windows come into the held-out half, which is never the larger one."""
     batch_size = max(1, min(WINDOWS_AT_ONCE, num_windows // 2))
     return sum(min(batch_size, num_windows - start) for start in range(batch_size, num_windows, 2 * batch_size))
 
 
+@torch.no_grad()
 def measure_moments(
     model: PreTrainedModel,
     windows: TokenWindows,
