@@ -56,6 +56,10 @@ ODD = {
         **COMMON, mamba_d_state=8, mamba_n_heads=4, mamba_d_head=16, mamba_d_ssm=64, mamba_n_groups=1, mamba_chunk_size=8,
         ssm_multipliers=[0.5, 0.25, 2.0, 0.7, 0.3],
     ),
+    "a pattern of blocks: RecurrentGemma": lambda: transformers.RecurrentGemmaConfig(
+        **{**COMMON, "num_hidden_layers": 5, "num_key_value_heads": 1}, lru_width=32, attention_window_size=16,
+        block_types=["attention", "recurrent"],
+    ),
     "numbers as keys: Gemma 4": lambda: transformers.Gemma4TextConfig(
         **GEMMA, hidden_size_per_layer_input=0, global_head_dim=16, layer_types=MIXED
     ),

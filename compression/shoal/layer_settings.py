@@ -30,6 +30,8 @@ def _keep(name: str, value: Any, kept: Sequence[int], depth: int) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return _keep_entries(name, list(value), kept, depth)
+    if isinstance(value, str) and len(value) == depth and "pattern" in name:  # a letter for each layer
+        return "".join(value[index] for index in kept)
     if isinstance(value, dict):
         return _keep_keys(name, value, kept, depth)
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= depth and COUNT.search(name):
@@ -44,6 +46,8 @@ def _keep_entries(name: str, entries: list, kept: Sequence[int], depth: int) -> 
         return [position for position, index in enumerate(kept) if index in entries] if INDICES.search(name) else entries
     if len(entries) == depth and (PER_LAYER.search(name) or all(isinstance(e, (str, bool, type(None))) for e in entries)):
         return [entries[index] for index in kept]
+    if 0 < len(entries) < depth and PER_LAYER.search(name) and all(isinstance(e, str) for e in entries):
+        return [entries[index % len(entries)] for index in kept]  # a pattern that is repeated: RecurrentGemma's
     if all(isinstance(e, (list, tuple)) and len(e) == 2 and isinstance(e[0], (list, tuple)) for e in entries):
         # GPT-Neo's [[["global", "local"], 12]]: a pattern and how often it is repeated.
         expanded = list(itertools.chain.from_iterable(list(pattern) * times for pattern, times in entries))

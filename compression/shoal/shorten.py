@@ -183,6 +183,8 @@ def _compare_modules(name: str, ours: nn.Module, theirs: nn.Module, move: _Move)
             yield _Change(prefix + key, shapes[0].get(key), shapes[1].get(key))
     for key, new in _settings(theirs).items():
         old = vars(ours).get(key)
+        if isinstance(old, Tensor):  # a state that a pass has left behind
+            continue
         if old != new and not move.explains(key, old, new):
             yield _Change(prefix + key, old, new, is_recomputed=isinstance(old, float) and isinstance(new, float))
     for key, new in _lost_buffers(theirs).items():
