@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,7 +145,7 @@ def test_where_every_trial_failed_the_search_has_and_the_same_command_tries_agai
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_the_dense_model_is_measured_ends_it_in_one_line(make_search, number):
-    search = make_search(texts={"calibration_tokens": 4_000_000, "evaluation_tokens": 4096})
+    search = make_search(texts={"calibration_tokens": 200_000})
     process = search.start()
     wait_until(lambda: list(search.folder.root.glob("prepared/progress-*.json")), process, search)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -199,6 +200,7 @@ class Quiet(ray.tune.Callback):
 def test_ranks_do_not_wait_for_one_that_failed(ray_cluster, tmp_path):
     started = time.monotonic()
     (tmp_path / "trials").mkdir()
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not know the folder of tests
     space = {"assignment": ray.tune.grid_search([{}])}
     tune_trials(drive, {"root": str(tmp_path)}, space, Quiet(), ray.tune.TuneConfig(max_concurrent_trials=1))
     assert RunFolder(tmp_path).read_result("one").reason == "rank 1 has no such file"
