@@ -275,7 +275,8 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def recipe_of(name: str) -> Recipe | None:
-    """The recipe in a compressed model's folder, None for other models. Raises ValueError if it is damaged."""
+    """The recipe in a compressed model's folder, None for other models. Raises ValueError if it is damaged, or for a URI."""
+    require_path(name, "model")
     file = Path(name) / "recipe.json"
     if not file.is_file():
         return None
