@@ -275,7 +275,7 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def recipe_of(name: str) -> Recipe | None:
-    """The recipe in a compressed model's folder, None for other models. Raises ValueError if it is damaged, or for a URI."""
+    """The recipe in a compressed model's folder, None for other models. Raises ValueError for a damaged one or a URI."""
     require_path(name, "model")
     file = Path(name) / "recipe.json"
     if not file.is_file():
