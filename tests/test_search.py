@@ -24,6 +24,7 @@ from shoal.frontier import find_frontier, name_picks
 from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Point
 from shoal.store import hash_folder
+from shoal_services.registry import BASE_TAG, SEARCH_TAG
 
 SHOAL = Path(sys.executable).with_name("shoal")
 LIMIT_S = 600
@@ -112,11 +113,12 @@ def test_mlflow_has_the_pages_and_the_recipes(finished):
 def test_the_registry_has_the_frontier_under_its_aliases(finished):
     search, printed = finished
     client = search.client()
-    versions = client.search_model_versions("name = 'shoal-tiny-random'")
-    assert len(versions) == 1 + len(printed["frontier"])
+    (model,) = client.search_registered_models()
+    assert model.tags[SEARCH_TAG] == "smoke" and model.tags[BASE_TAG] == "tiny-random"
+    assert len(client.search_model_versions(f"name = '{model.name}'")) == 1 + len(printed["frontier"])
     for alias, artefact in printed["picks"].items():
-        assert client.get_model_version_by_alias("shoal-tiny-random", alias).source == artefact
-    dense = client.get_model_version_by_alias("shoal-tiny-random", "dense")
+        assert client.get_model_version_by_alias(model.name, alias).source == artefact
+    dense = client.get_model_version_by_alias(model.name, "dense")
     assert dense.source not in printed["picks"].values()
     assert Path(dense.source, "model.safetensors").is_file()
 
@@ -130,7 +132,7 @@ def test_the_same_command_again_repeats_nothing(finished):
     assert time.monotonic() - started < 60
     assert {path: path.stat().st_mtime_ns for path in search.folder.root.glob("trials/*/result.json")} == before
     assert {run.info.run_id for run in search.runs()[1].values()} == runs
-    assert len(search.client().search_model_versions("name = 'shoal-tiny-random'")) == 1 + len(printed["frontier"])
+    assert len(search.client().search_model_versions()) == 1 + len(printed["frontier"])
     assert_whole(search, 3)
 
 
