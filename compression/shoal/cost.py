@@ -14,7 +14,7 @@ from typing import Any, Self
 from shoal.recipe import Distillation
 
 NUM_TOP = 64
-NUM_RIDGES = 7
+NUM_RIDGES = 3  # that are tried, as a rule, of `shoal.fit.RIDGES`
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -117,7 +117,7 @@ class Shape:
         return 9.0 * self.num_blocks * self.width**3
 
     def solve_operations(self) -> float:
-        """In float64, of all blocks: for every λ and the last fit a Cholesky factor of Σ z zᵀ, its solution for
+        """In float64, of all blocks: for every λ tried and the last fit a Cholesky factor of Σ z zᵀ, its solution for
         `down_proj`, and its error on held-out tokens."""
         factor, product = self.mlp_width**3 / 3, 2.0 * self.mlp_width**2 * self.width
         return self.num_blocks * (NUM_RIDGES * (factor + 2 * product) + factor + product)

@@ -8,6 +8,8 @@ of times larger and shrink every useful direction. They are fitted, but λ is ju
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,11 +53,21 @@ def _fit(gram: Gram, held_out: Gram | None, variance: Tensor, ridge: float | Non
     """
     if ridge is None:
         assert held_out is not None, "without ridge, held-out sums have to choose one"
-        errors = [_held_out_error(_solve(gram, candidate * variance), gram, held_out) for candidate in RIDGES]
-        ridge = RIDGES[min(range(len(RIDGES)), key=errors.__getitem__)]
+        ridge = _choose_ridge(gram, held_out, variance)
     if held_out is not None:
         gram = gram + held_out
     return _solve(gram, ridge * variance), gram
+
+
+def _choose_ridge(gram: Gram, held_out: Gram, variance: Tensor) -> float:
+    """The best of `RIDGES` on the held-out tokens, from the largest down to where the error begins to grow."""
+    best, least = RIDGES[-1], math.inf
+    for ridge in reversed(RIDGES):
+        error = _held_out_error(_solve(gram, ridge * variance), gram, held_out)
+        if not error < least:
+            break
+        best, least = ridge, error
+    return best
 
 
 def _mean_variance(gram: Gram) -> Tensor:
