@@ -18,7 +18,16 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from openai.types.chat import completion_create_params as chat_params
 from pydantic import BaseModel, ValidationError
 from ray.exceptions import RayTaskError
-from shoal_services.serving.generation import ContextExceeded, Delta, Generation, OutOfMemory, Piece, RequestFailed, Token
+from shoal_services.serving.generation import (
+    ContextExceeded,
+    Delta,
+    EngineFailed,
+    Generation,
+    OutOfMemory,
+    Piece,
+    RequestFailed,
+    Token,
+)
 from shoal_services.serving.prompts import encode
 from shoal_services.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from shoal_services.serving.refusals import explain_body
@@ -234,7 +243,7 @@ def test_a_prompt_with_several_choices_is_counted_once():
         (ValueError("no such thing"), 400, None),
         (RequestFailed("this request failed"), 500, None),
         (OutOfMemory("no memory for it now"), 503, None),
-        (RuntimeError("the engine has failed"), 503, None),
+        (EngineFailed("the variant cannot answer now"), 503, None),
     ],
 )
 def test_what_a_replica_raises_has_the_status_that_tells_whether_to_ask_again(

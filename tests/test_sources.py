@@ -186,8 +186,8 @@ def test_folders_and_addresses_are_refused(tmp_path):
     (tmp_path / "odd[1]").mkdir()
     with pytest.raises(ValueError, match=r"odd\[1\]' would be taken for a pattern; rename it"):
         load_documents(str(tmp_path / "odd[1]"))
-    with pytest.raises(ValueError, match="is a URL; download it"):
-        load_documents("s3://bucket/notes")
+    with pytest.raises(ValueError, match=r"text 'https://host/notes.txt' is a URI, .* mount it .* or copy it"):
+        load_documents("https://host/notes.txt")
 
 
 @pytest.mark.parametrize("source", ["no-such/dataset", "no-such/dataset:config@test", "no-such"])

@@ -152,8 +152,6 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _read_dataset(source: str) -> Iterator[Row]:
-    if "://" in source:
-        raise ValueError(f"text {source!r} is a URL; download it and give the file, or name a Hub dataset: org/name")
     if Path(source).is_file():
         raise ValueError(
             f"text file {source!r} is of no kind that can be read: those are {', '.join(TEXT_FORMATS)}, also packed as "

@@ -27,7 +27,7 @@ from shoal_services.commands import (
 
 # Raised with a text for the user; of others, the kind says more than the text.
 TOLD_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
-MAX_LINES, MAX_LINE = 15, 600
+MAX_LINES, MAX_LINE = 15, 1200
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False,

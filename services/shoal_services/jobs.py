@@ -181,8 +181,8 @@ def _explain_refusal(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise PermissionError(
-            f"the cluster at {address} takes requests with its token alone: {_first_line(error)}; set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, a file) to the cluster's token"
+            f"the cluster at {address} takes requests with its token alone; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+            f"RAY_AUTH_TOKEN_PATH, a file) to the cluster's token ({_first_line(error)})"
         ) from error
 
 
