@@ -51,8 +51,12 @@ def _init(address: str | None, num_cpus: int | None) -> None:
                 "local", num_cpus=num_cpus or os.cpu_count(), log_to_driver=False, logging_level=logging.ERROR,
                 _system_config={"worker_maximum_startup_concurrency": 16},
             )  # fmt: skip
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises nothing narrower where a node does not start in time
         first = (str(error).splitlines() or [""])[0]
+        if address is None:
+            raise ConnectionError(
+                f"Ray did not start here: {first}; give the command again when this machine is less busy"
+            ) from error
         raise ConnectionError(f"no Ray cluster at {address!r}: {first}; {LEAVE_IT_OUT}") from error
 
 

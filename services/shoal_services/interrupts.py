@@ -26,11 +26,12 @@ def _ignore(_: Interrupted) -> None:
 @contextmanager
 def interruptible(note: Callable[[Interrupted], None] = _ignore) -> Iterator[None]:
     """Inside, these signals raise Interrupted, after `note` has heard of it; those that are ignored (`nohup`) stay so."""
+    came: list[Interrupted] = []
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        interrupted = Interrupted(signum)
-        note(interrupted)
-        raise interrupted
+        came.append(Interrupted(signum))
+        note(came[-1])
+        raise came[-1]
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other gets signals
@@ -38,6 +39,10 @@ def interruptible(note: Callable[[Interrupted], None] = _ignore) -> Iterator[Non
         before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
+    except KeyboardInterrupt as error:  # Ray's compiled code makes a new one of what is raised in it
+        if came and error is not came[-1]:
+            raise came[-1] from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
