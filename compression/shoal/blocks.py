@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shoal.modeling_shoal import list_blocks, list_first_blocks, text_config
+from shoal.modeling_shoal import OWN_MODULES, list_blocks, list_first_blocks, text_config
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,11 @@ def is_encoder(config: PretrainedConfig) -> bool:
 def is_causal(config: PretrainedConfig) -> bool:
     """Whether this is a decoder alone: a causal language model."""
     return not is_encoder(config) and not config.is_encoder_decoder
+
+
+def holds_own_modules(model: PreTrainedModel) -> bool:
+    """Whether the model holds linear blocks or factored projections, which no stock architecture has."""
+    return any(getattr(text_config(model), name, None) for name in OWN_MODULES)
 
 
 def name_cache_argument(model: PreTrainedModel) -> str:

@@ -6,6 +6,9 @@ import ctypes
 import functools
 import platform
 
+import psutil
+import torch
+
 # Values of logits held at once: 2^28 in float32 are 1 GiB.
 MAX_LOGITS = 2**28
 # The streams of all windows that go through blocks on disk together: more of them read a model fewer times.
@@ -13,6 +16,11 @@ MAX_STREAM_BYTES = 2**31
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_BUFFER_BYTES, KEPT_BYTES, SMALLEST_BUFFER_BYTES = 2**30, 2**31 - 1, 2**18
+
+
+def find_free_bytes(device: torch.device) -> int:
+    """The memory that is free now: the machine's for its CPU, the accelerator's own for that."""
+    return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def keep_freed_memory() -> None:

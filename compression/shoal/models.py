@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import psutil
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -23,7 +22,7 @@ from transformers import (
 )
 
 from shoal import modeling_shoal
-from shoal.blocks import find_stacks, is_causal, is_encoder, text_config
+from shoal.blocks import find_stacks, holds_own_modules, is_causal, is_encoder
 from shoal.checkpoint import (
     ask_for_dequantised,
     forget_quantisation,
@@ -32,7 +31,7 @@ from shoal.checkpoint import (
     refuse_unplaced,
 )
 from shoal.files import require_path
-from shoal.memory import give_back_freed_memory, keep_freed_memory
+from shoal.memory import find_free_bytes, give_back_freed_memory, keep_freed_memory
 from shoal.on_disk import keep_blocks_on_disk, named_weights, place_blocks
 from shoal.packaged import ALIASES, cache_folder, convert_packaged, gguf_arguments
 from shoal.plain_stream import refuse_side_channels, require_plain_stream
@@ -130,10 +129,11 @@ def _read_weights(
     arguments = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False, **extra}
     if hasattr(config, "quantization_config"):
         arguments["config"] = config
-    if class_name := _find_shoal_class(folder, extra):
+    if _is_own(config):
         if streamed_to is not None:
             raise ValueError("it holds linear blocks, which are not streamed; load it as a whole")
-        return getattr(modeling_shoal, class_name).from_pretrained(folder, **arguments)
+        assert config.architectures  # `_find_shoal_class` has looked
+        return getattr(modeling_shoal, config.architectures[0]).from_pretrained(folder, **arguments)
     if streamed_to is not None:
         arguments |= place_blocks(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), streamed_to)
     model, report = _choose_class(config).from_pretrained(folder, **arguments)
@@ -178,6 +178,11 @@ def _find_shoal_class(folder: str, extra: dict) -> str | None:
     return class_name
 
 
+def _is_own(config: PretrainedConfig) -> bool:
+    """Whether it is the configuration of a model that holds linear blocks or factored projections."""
+    return type(config).__module__ == modeling_shoal.__name__
+
+
 def make_skeleton(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model without its weights, from its configuration alone: parameters on the meta device.
 
@@ -220,17 +225,17 @@ def is_memory_short(name: str, *, revision: str | None = None, dtype: str | None
 
     False for models that cannot be streamed.
     """
-    if name.endswith(".gguf") or _find_shoal_class(*_locate(name, revision)):
+    if name.endswith(".gguf"):
         return False
-    if not is_causal(read_config(name, revision=revision)):
+    config = read_config(name, revision=revision)
+    if _is_own(config) or not is_causal(config):
         return False
     device = choose_device()
     skeleton = make_skeleton(name, revision=revision, dtype=_read_dtype(dtype, device))
-    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     weights = sum(p.nbytes for p in {id(p): p for p in skeleton.parameters()}.values())
-    config = skeleton.config.get_text_config(decoder=True)
+    text = skeleton.config.get_text_config(decoder=True)
     # Four sets of two float64 matrices a block (see `shoal.moments`).
-    return num_copies * weights + 64 * config.num_hidden_layers * config.hidden_size**2 > free
+    return num_copies * weights + 64 * text.num_hidden_layers * text.hidden_size**2 > find_free_bytes(device)
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -326,8 +331,7 @@ def _try_out(model: PreTrainedModel) -> None:
 
     ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
     # What holds linear blocks was made of a model that suits.
-    own = any(getattr(text_config(model), kind, None) for kind in modeling_shoal.OWN_MODULES)
-    logits = read(ids) if own else require_plain_stream(model, ids, read)
+    logits = read(ids) if holds_own_modules(model) else require_plain_stream(model, ids, read)
     if logits is None:
         return
     # Two rows of one batch are computed alike: only rounding is left, relative to the largest logit.

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal import modeling_shoal
-from shoal.blocks import find_blocks, text_config
+from shoal.blocks import find_blocks, holds_own_modules, text_config
 from shoal.calls import record_calls
+from shoal.memory import find_free_bytes
 from shoal.models import load_model, load_tokenizer, read_config
 from shoal.on_disk import hold, is_on_disk, named_weights
-from shoal.replace import holds_own_modules
 from shoal.shorten import build_skeleton
 
 NUM_TOKENS = 16
@@ -39,7 +38,7 @@ def check_saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     dtype = str(model.dtype).removeprefix("torch.")
     loaded = load_model(str(folder), dtype=dtype, device=model.device, any_kind=True)
     written = dict(named_weights(loaded))
-    _require_names({name: tuple(p.shape) for name, p in model.named_parameters()}, loaded)
+    _require_names(model, loaded)
     for name, read in named_weights(model):
         if not torch.equal(read(), written[name]()):
             raise _refuse(f"its weight {name!r} loads with other values")
@@ -47,9 +46,7 @@ def check_saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def _fits_again(model: PreTrainedModel) -> bool:
-    size = sum(p.nbytes for p in model.parameters())
-    free = psutil.virtual_memory().available if model.device.type == "cpu" else torch.cuda.mem_get_info(model.device)[0]
-    return size < free
+    return sum(p.nbytes for p in model.parameters()) < find_free_bytes(model.device)
 
 
 def _run(model: PreTrainedModel) -> Tensor:
@@ -65,7 +62,7 @@ def _check_parts(folder: Path, model: PreTrainedModel) -> None:
         loaded = _load_middle(folder, type(model).__name__)
     else:
         loaded = load_model(str(folder), dtype=str(model.dtype).removeprefix("torch."), device=model.device, streamed=True)
-    _require_names({name: tuple(p.shape) for name, p in model.named_parameters()}, loaded)
+    _require_names(model, loaded)
     ids = torch.arange(NUM_TOKENS, device=model.device)[None] % text_config(model).vocab_size
     blocks, rebuilt = find_blocks(model), find_blocks(loaded)
     middle = len(blocks) // 2
@@ -90,8 +87,8 @@ def _load_middle(folder: Path, class_name: str) -> PreTrainedModel:
     return loaded
 
 
-def _require_names(shapes: dict[str, tuple], loaded: PreTrainedModel) -> None:
-    found = {name: tuple(p.shape) for name, p in loaded.named_parameters()}
+def _require_names(model: PreTrainedModel, loaded: PreTrainedModel) -> None:
+    shapes, found = ({name: tuple(p.shape) for name, p in one.named_parameters()} for one in (model, loaded))
     for name in sorted(shapes.keys() | found.keys()):
         if shapes.get(name) != found.get(name):
             raise _refuse(f"its weight {name!r} loads with shape {found.get(name)} instead of {shapes.get(name)}")

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shoal import modeling_shoal
-from shoal.blocks import check_block_indices, find_blocks, find_down_proj, text_config
+from shoal.blocks import check_block_indices, find_blocks, find_down_proj, holds_own_modules, text_config
 from shoal.files import write_aside
 from shoal.modeling_shoal import LinearBlock, attach
 from shoal.on_disk import weights_on_disk
@@ -164,12 +163,6 @@ def make_replaced(model: PreTrainedModel, replacement: Replacement) -> PreTraine
     changed = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     apply_replacement(changed, replacement)
     return changed
-
-
-def holds_own_modules(model: PreTrainedModel) -> bool:
-    """Whether the model holds linear blocks or factored projections, which no stock architecture has."""
-    config = text_config(model)
-    return any(getattr(config, name, None) for name in modeling_shoal.OWN_MODULES)
 
 
 def _set(block: nn.Module, projection: nn.Linear | Conv1D, what: str, value: Tensor) -> None:

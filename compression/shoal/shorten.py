@@ -216,8 +216,8 @@ def _adopt_settings(module: nn.Module, skeleton: nn.Module) -> None:
     for name, built in skeleton.named_modules():
         if name not in ours:  # outside the blocks: a pooler that the files lack
             continue
-        for key, value in vars(built).items():
-            if key in _settings(built) or isinstance(value, PretrainedConfig):
-                setattr(ours[name], key, value)
+        configs = {key: value for key, value in vars(built).items() if isinstance(value, PretrainedConfig)}
+        for key, value in (_settings(built) | configs).items():
+            setattr(ours[name], key, value)
         for key, value in _lost_buffers(built).items():
             ours[name].register_buffer(key, value.to(getattr(ours[name], key)), persistent=False)

@@ -20,14 +20,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal import modeling_shoal
-from shoal.blocks import find_blocks, is_causal
+from shoal.blocks import find_blocks, holds_own_modules, is_causal
 from shoal.card import write_card
 from shoal.companions import copy_companions, drop_stale_settings
 from shoal.files import require_path, write_aside, write_text
 from shoal.on_disk import is_on_disk
 from shoal.read_back import check_saved
 from shoal.recipe import Point, Recipe
-from shoal.replace import holds_own_modules
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, recipe: Recipe) -> None:

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, cast
 
-import psutil
 import torch
 from shoal.blocks import name_cache_argument, text_config
+from shoal.memory import find_free_bytes
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -49,7 +49,7 @@ class BatchedDecoder:
         self.max_cached, self.token_bytes = max_cached, 0
         self._make_masks = self._choose_masks()
         if self.token_bytes:
-            self.max_cached = min(max_cached, int(SHARE_OF_MEMORY * _find_free_bytes(model.device)) // self.token_bytes)
+            self.max_cached = min(max_cached, int(SHARE_OF_MEMORY * find_free_bytes(model.device)) // self.token_bytes)
 
     @property
     def size(self) -> int:
@@ -222,7 +222,3 @@ class BatchedDecoder:
         """Logits [V] after `ids` from the model without any cache."""
         tokens = torch.tensor(ids, device=self.model.device)[None]
         return self.model(input_ids=tokens, use_cache=False).logits[0, -1, : self.num_embeddings]
-
-
-def _find_free_bytes(device: torch.device) -> int:
-    return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
