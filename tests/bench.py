@@ -23,15 +23,15 @@ import torch
 from dummy_trials import DummySweep, measure_overhead
 from rich.console import Console
 from rich.table import Table
-from shoal.corpus import load_corpus
-from shoal.evaluate import evaluate
-from shoal.gram import Gram
-from shoal.linearity import score_gram
-from shoal.models import load_model, load_tokenizer
-from shoal.moments import measure_moments
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.linearity.gram import Gram
+from shoal.linearity.moments import measure_moments
+from shoal.linearity.scores import score_gram
+from shoal.measure.perplexity import evaluate
+from shoal.measure.targets import measure_targets
 from shoal.recipe import Texts
-from shoal.teacher import measure_targets
-from shoal.text import TokenWindows
+from shoal.text.corpus import load_corpus
+from shoal.text.windows import TokenWindows
 from shoal_services.serving.decoder import BatchedDecoder
 from shoal_services.serving.deploy import Endpoint
 from shoal_services.serving.engine import Engine
@@ -76,8 +76,8 @@ def memory() -> list[tuple[str, str, str]]:
     """Peak resident memory of a process that calibrates on few and on many tokens."""
     code = (
         "import re, sys, pathlib; sys.path.insert(0, 'tests'); import bench\n"
-        "from shoal.moments import measure_moments; from shoal.models import load_model\n"
-        "from shoal.text import TokenWindows\n"
+        "from shoal.linearity.moments import measure_moments; from shoal.checkpoints.load import load_model\n"
+        "from shoal.text.windows import TokenWindows\n"
         "w = bench.load_windows(8192); n = int(sys.argv[1]) // 1024\n"
         "w = TokenWindows(w.ids.repeat(n // len(w) + 1, 1)[:n], 'repeated')\n"
         "measure_moments(load_model(bench.MODEL), w, batch_size=4)\n"

@@ -20,11 +20,11 @@ import hypothesis
 import pytest
 import torch
 import transformers
-from shoal.blocks import find_blocks
-from shoal.models import load_tokenizer
-from shoal.moments import Moments
+from shoal.checkpoints.load import load_tokenizer
+from shoal.linearity.moments import Moments
+from shoal.models.structure import find_blocks
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
-from shoal.text import TokenWindows
+from shoal.text.windows import TokenWindows
 
 pytest.register_assert_rewrite("searches")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from shoal.models import load_tokenizer
+from shoal.checkpoints.load import load_tokenizer
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
 BOTH = {

@@ -13,9 +13,9 @@ import time
 import numpy
 import torch
 from shoal.cost import Shape
-from shoal.losses import TopTokens, find_divergence, pick_log_probs
+from shoal.distil.trainable import select_trained
+from shoal.measure.divergence import TopTokens, find_divergence, pick_log_probs
 from shoal.recipe import Distillation
-from shoal.trainable import select_trained
 from transformers import LlamaConfig, LlamaForCausalLM
 
 WINDOW, WINDOWS, ROUNDS = 128, 4, 5

@@ -6,10 +6,10 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from shoal.linearity import BlockLinearity
-from shoal.profile import Profile
+from shoal.linearity.profile import Profile
+from shoal.linearity.scores import BlockLinearity
+from shoal.linearity.token_errors import EDGES, NonlinearToken
 from shoal.recipe import Text
-from shoal.token_errors import EDGES, NonlinearToken
 
 FIELDS = [
     "score", "score_without_residual", "ordinary", "ordinary_without_residual", "held_out", "held_out_without_residual",

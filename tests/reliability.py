@@ -24,9 +24,9 @@ import aiohttp
 import mlflow
 import psutil
 from scenarios import Row, parse_choice, print_rows
-from shoal.models import load_model, load_tokenizer
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.checkpoints.store import save
 from shoal.recipe import Recipe
-from shoal.store import save
 from shoal_services.cluster import connect
 from shoal_services.registry import PLACE_TAG
 from shoal_services.serving.deploy import Endpoint

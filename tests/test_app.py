@@ -19,9 +19,9 @@ import pytest
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve.schema import ServeDeploySchema
-from shoal.models import load_model, load_tokenizer
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.checkpoints.store import save
 from shoal.recipe import Recipe
-from shoal.store import save
 from shoal_services.serving.app import build, read_settings
 from shoal_services.serving.load import Load, run_load
 from test_endpoint import free_port

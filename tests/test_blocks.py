@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 from conftest import make_ids
-from shoal.blocks import find_blocks, text_config, watch_boundaries
-from shoal.calls import embed, record_calls
-from shoal.shorten import drop_blocks
+from shoal.models.calls import embed, record_calls
+from shoal.models.shorten import drop_blocks
+from shoal.models.structure import find_blocks, text_config, watch_boundaries
 
 
 def test_blocks_are_found(model):

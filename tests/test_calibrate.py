@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_prose
-from shoal.blocks import find_blocks
-from shoal.corpus import Corpus
-from shoal.models import load_model
-from shoal.moments import Moments
-from shoal.teacher import TeacherTargets, measure_targets
+from shoal.checkpoints.load import load_model
+from shoal.linearity.moments import Moments
+from shoal.measure.targets import TeacherTargets, measure_targets
+from shoal.models.structure import find_blocks
+from shoal.text.corpus import Corpus
 from shoal_services.calibrate import join, list_wholes, measure_piece, split, windows_of, write_corpus
 from shoal_services.config import SearchConfig, load_config
 from shoal_services.folder import RunFolder

@@ -9,9 +9,9 @@ import torch
 import transformers
 from conftest import COMMON, make_ids
 from safetensors.torch import load_file, save_file
-from shoal.compress import compress
-from shoal.models import check_model, load_model, load_tokenizer, read_config
-from shoal.profile import profile_model
+from shoal.checkpoints.load import check_model, load_model, load_tokenizer, read_config
+from shoal.compression import compress
+from shoal.linearity.profile import profile_model
 from shoal.recipe import Recipe, Texts
 
 QUERY = "model.layers.1.self_attn.q_proj"
@@ -132,7 +132,7 @@ def test_families_without_a_plain_stream_are_refused(family, known, tmp_path, mo
     config = transformers.AutoConfig.for_model(family, **arguments)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     if not known:
-        monkeypatch.setattr("shoal.plain_stream.SIDE_CHANNELS", ())
+        monkeypatch.setattr("shoal.checkpoints.plain_stream.SIDE_CHANNELS", ())
     with pytest.raises(ValueError, match=rf"{family} has no plain residual stream: .*{'=8' if known else ''}"):
         load_model(str(tmp_path / "model"), dtype="float32")
     with pytest.raises(ValueError, match="has no plain residual stream"):

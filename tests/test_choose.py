@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_affine, make_ids, make_model, moments_of
-from shoal.choose import SHORTLIST, choose_blocks, make_kl_cost, protected_blocks
-from shoal.evaluate import score_windows
-from shoal.fit import fit_independent
-from shoal.linearity import score_blocks
-from shoal.models import hash_weights
-from shoal.moments import Moments, measure_moments
+from shoal.checkpoints.load import hash_weights
+from shoal.linearity.moments import Moments, measure_moments
+from shoal.linearity.scores import score_blocks
+from shoal.measure.perplexity import score_windows
+from shoal.measure.targets import measure_targets
 from shoal.recipe import Recipe
-from shoal.replace import apply_replacement
-from shoal.teacher import measure_targets
-from shoal.text import TokenWindows
+from shoal.replace.choose import SHORTLIST, choose_blocks, make_kl_cost, protected_blocks
+from shoal.replace.fit import fit_independent
+from shoal.replace.maps import apply_replacement
+from shoal.text.windows import TokenWindows
 
 D = 8
 

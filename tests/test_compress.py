@@ -10,14 +10,14 @@ import shoal
 import transformers
 from conftest import write_prose
 from pydantic import ValidationError
-from shoal.blocks import find_zeros
-from shoal.corpus import load_corpus
-from shoal.evaluate import evaluate
-from shoal.models import hash_weights, load_model, load_tokenizer
-from shoal.profile import evaluate_beside
+from shoal.checkpoints.load import hash_weights, load_model, load_tokenizer
+from shoal.checkpoints.store import load_point
+from shoal.measure.beside import evaluate_beside
+from shoal.measure.perplexity import evaluate
+from shoal.measure.targets import measure_targets
+from shoal.models.structure import find_zeros
 from shoal.recipe import KINDS, Texts
-from shoal.store import load_point
-from shoal.teacher import measure_targets
+from shoal.text.corpus import load_corpus
 
 DISTILLATION = {"num_tokens": 2048, "window": 64, "windows_per_step": 4, "lora_rank": 4, "learning_rate": 1e-3}
 WITHOUT_MAPS = ("folded", "dropped")
@@ -108,7 +108,7 @@ def test_listed_blocks_need_no_number(tiny_random, texts, tmp_path):
 
 
 def test_stages_are_heard_and_timed(tiny_random, texts, tmp_path):
-    from shoal.compress import compress
+    from shoal.compression import compress
     from shoal.recipe import Recipe
 
     heard: list[tuple[str, int, int]] = []
@@ -163,7 +163,7 @@ def test_an_existing_folder_is_refused_before_any_work(tmp_path):
     ("code", "absent"),
     [
         ("import shoal, shoal.recipe, shoal.frontier", {"torch", "transformers", "ray", "mlflow", "fastapi"}),
-        ("import shoal.compress", {"ray", "mlflow", "fastapi", "gensim", "datasets", "peft"}),
+        ("import shoal.compression", {"ray", "mlflow", "fastapi", "gensim", "datasets", "peft"}),
     ],
 )
 def test_the_library_does_not_know_the_cluster(code, absent):
@@ -177,7 +177,7 @@ def test_the_library_does_not_know_the_cluster(code, absent):
 
 
 def test_importing_the_module_does_not_hide_the_function():
-    import shoal.compress
+    import shoal.compression
 
     assert callable(shoal.compress)
     assert shoal.compress.__module__ == "shoal"

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from shoal.models import load_model, load_tokenizer
+from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.recipe import Recipe
-from shoal.rows import read_rows
-from shoal.sources import load_documents
+from shoal.text.rows import read_rows
+from shoal.text.sources import load_documents
 from shoal_services.config import SearchConfig, load_config
 from shoal_services.preflight import check_writable
 from shoal_services.space import Choice, Range, parse_kind, read_assignment

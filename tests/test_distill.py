@@ -11,15 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_ids, make_model
-from shoal.blocks import find_blocks, find_projections, find_zeros
-from shoal.distill import DistillationRun, Diverged, Lesson
-from shoal.evaluate import score_windows
+from shoal.distil.run import DistillationRun, Diverged, Lesson
+from shoal.measure.perplexity import score_windows
+from shoal.measure.targets import measure_targets
+from shoal.models.structure import find_blocks, find_projections, find_zeros
 from shoal.recipe import Distillation
-from shoal.replace import AffineMap, Replacement, apply_replacement
-from shoal.sparsify import sparsify
-from shoal.svd import factor_weights
-from shoal.teacher import measure_targets
-from shoal.text import TokenWindows
+from shoal.replace.maps import AffineMap, Replacement, apply_replacement
+from shoal.text.windows import TokenWindows
+from shoal.thin.sparsify import sparsify
+from shoal.thin.svd import factor_weights
 from transformers.pytorch_utils import Conv1D
 
 WINDOWS = TokenWindows(make_ids(16, 16), "train")

@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 from conftest import COMMON, make_ids
-from shoal.blocks import find_blocks, find_down_proj
-from shoal.calls import embed, record_calls
-from shoal.down_proj import find_gain
-from shoal.replace import apply_replacement
-from shoal.walk import fit_in_order
+from shoal.models.calls import embed, record_calls
+from shoal.models.structure import find_blocks, find_down_proj
+from shoal.replace.down_proj import find_gain
+from shoal.replace.in_order import fit_in_order
+from shoal.replace.maps import apply_replacement
 
 EXPERTS = {"num_experts_per_tok": 2, "shared_expert_intermediate_size": 40, "shared_intermediate_size": 40}
 OTHERS = {

@@ -12,15 +12,15 @@ import torch
 import transformers
 from conftest import make_ids, write_prose
 from encoders import ENCODER_DECODERS, ENCODERS, make_encoder, save_with_tokenizer
-from shoal.blocks import find_blocks
-from shoal.corpus import load_corpus
+from shoal.checkpoints.load import load_tokenizer
 from shoal.encoders import MASKED_SHARE, Cost, choose_masked, compress_encoder, measure_cost
-from shoal.models import load_tokenizer
+from shoal.models.shorten import drop_blocks
+from shoal.models.structure import find_blocks
 from shoal.recipe import Recipe, Texts
-from shoal.replace import Replacement, apply_replacement
-from shoal.shorten import drop_blocks
-from shoal.text import TokenWindows
-from shoal.walk import fit_in_order
+from shoal.replace.in_order import fit_in_order
+from shoal.replace.maps import Replacement, apply_replacement
+from shoal.text.corpus import load_corpus
+from shoal.text.windows import TokenWindows
 from test_cli import assert_refused, shoal  # noqa: F401  the fixture that runs a command
 
 FAMILIES = [*ENCODERS, *ENCODER_DECODERS]

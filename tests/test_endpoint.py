@@ -25,9 +25,9 @@ import schemathesis
 from conftest import make_point
 from hypothesis import HealthCheck, given, settings
 from mlflow.entities import Run
-from shoal.models import load_model, load_tokenizer
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.checkpoints.store import save
 from shoal.recipe import Recipe
-from shoal.store import save
 from shoal_services.promote import promote
 from shoal_services.registry import find_registered
 from shoal_services.serving.deploy import Endpoint

@@ -12,11 +12,11 @@ import torch
 from conftest import make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shoal.models import load_model, load_tokenizer
-from shoal.replace import AffineMap, Replacement, apply_replacement
-from shoal.sparsify import sparsify
-from shoal.svd import factor_weights
-from shoal.text import TokenWindows
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.replace.maps import AffineMap, Replacement, apply_replacement
+from shoal.text.windows import TokenWindows
+from shoal.thin.sparsify import sparsify
+from shoal.thin.svd import factor_weights
 from shoal_services.serving.decoder import BatchedDecoder
 from shoal_services.serving.engine import Engine
 from shoal_services.serving.generation import Delta, Generation, QueueFull, Sampling

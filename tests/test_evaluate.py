@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 from conftest import make_ids, make_model
-from shoal.evaluate import Collapsed, evaluate, mean_and_error, measure_size, measure_speeds, score_windows
-from shoal.losses import find_normalizer
-from shoal.shorten import drop_blocks
-from shoal.teacher import TeacherTargets, measure_targets
-from shoal.text import TokenWindows
+from shoal.errors import Collapsed
+from shoal.measure.divergence import find_normalizer
+from shoal.measure.perplexity import evaluate, mean_and_error, score_windows
+from shoal.measure.size_and_speed import measure_size, measure_speeds
+from shoal.measure.targets import TeacherTargets, measure_targets
+from shoal.models.shorten import drop_blocks
+from shoal.text.windows import TokenWindows
 from torch.nn import functional
 
 

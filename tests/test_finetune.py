@@ -11,11 +11,11 @@ from statistics import fmean
 
 import pytest
 import torch
-from shoal.finetune import Collator, Finetuning, FinetuningRun, ScoredDecoder
-from shoal.labelled import Labelled, Preferences, load_labelled, load_preferences
-from shoal.models import load_model, load_tokenizer
-from shoal.profile import profile_model
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.linearity.profile import profile_model
+from shoal.paper.finetune import Collator, Finetuning, FinetuningRun, ScoredDecoder
 from shoal.recipe import Texts
+from shoal.text.labelled import Labelled, Preferences, load_labelled, load_preferences
 from shoal_services.finetuning.results import MEASURES
 
 SHOAL = Path(sys.executable).with_name("shoal")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import moments_of
-from shoal.fit import RIDGES, fit_affine, fit_down_proj, fit_independent
-from shoal.gram import Gram
+from shoal.linearity.gram import Gram
+from shoal.replace.fit import RIDGES, fit_affine, fit_down_proj, fit_independent
 
 D = 12
 

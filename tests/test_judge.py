@@ -14,8 +14,8 @@ import fastapi
 import pytest
 import uvicorn
 from pydantic import ValidationError
-from shoal.generate import sample_continuations
-from shoal.models import load_model
+from shoal.checkpoints.load import load_model
+from shoal.models.generate import sample_continuations
 from shoal_services.judge import (
     CRITERIA,
     Judge,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal.losses import TopTokens, cosine_distance, find_divergence, layer_mse, mix_losses, pick_log_probs, square_head
+from shoal.distil.losses import cosine_distance, layer_mse, mix_losses, square_head
+from shoal.measure.divergence import TopTokens, find_divergence, pick_log_probs
 from shoal.recipe import LossWeights
 from torch.nn import functional
 

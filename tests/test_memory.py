@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from shoal.models import load_model, load_tokenizer
+from shoal.checkpoints.load import load_model, load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
@@ -19,7 +19,7 @@ SCRIPT = """
 import json, re, sys, threading
 from pathlib import Path
 import torch
-from shoal.compress import compress
+from shoal.compression import compress
 from shoal.recipe import Recipe, Texts
 
 def read():
@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def texts(folder) -> list[str]:
     """Two texts out of the packaged one."""
-    from shoal.sources import load_documents
+    from shoal.text.sources import load_documents
 
     documents = list(load_documents("wikipedia-sample").texts)
     files = [folder.parent / "train.txt", folder.parent / "held-out.txt"]
@@ -87,14 +87,14 @@ LARGE = """
 import json, re, sys, threading
 from pathlib import Path
 import torch
-from shoal.compress import copy_model
-from shoal.evaluate import evaluate
-from shoal.models import load_model
-from shoal.moments import measure_moments
-from shoal.replace import apply_replacement
-from shoal.teacher import measure_targets
-from shoal.text import TokenWindows
-from shoal.walk import fit_in_order
+from shoal.compression import copy_model
+from shoal.measure.perplexity import evaluate
+from shoal.checkpoints.load import load_model
+from shoal.linearity.moments import measure_moments
+from shoal.replace.maps import apply_replacement
+from shoal.measure.targets import measure_targets
+from shoal.text.windows import TokenWindows
+from shoal.replace.in_order import fit_in_order
 
 def read():
     return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -9,8 +9,8 @@ import torch
 import transformers
 from conftest import COMMON, make_ids, make_model
 from safetensors.torch import load_file, save_file
-from shoal.models import choose_dtype, hash_weights, load_model, load_tokenizer, make_skeleton
-from shoal.packaged import cache_folder, convert_packaged
+from shoal.checkpoints.load import choose_dtype, hash_weights, load_model, load_tokenizer, make_skeleton
+from shoal.checkpoints.packaged import cache_folder, convert_packaged
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_decoder_that_looks_at_later_tokens_is_refused(tmp_path, dtype, size, 
         initializer_range=size,
     )
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path)
-    monkeypatch.setattr("shoal.models.is_causal", lambda _config: True)
+    monkeypatch.setattr("shoal.checkpoints.load.is_causal", lambda _config: True)
     with pytest.raises(ValueError, match=r"bert looks at later tokens: it is an encoder; Shoal needs a causal decoder"):
         load_model(str(tmp_path), dtype=dtype)
 

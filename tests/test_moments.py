@@ -9,10 +9,10 @@ import torch
 from conftest import make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shoal.blocks import watch_boundaries
-from shoal.gram import Gram, multiply_rows
-from shoal.moments import Moments, count_held_out, find_sinks, measure_moments, measure_norms
-from shoal.text import TokenWindows
+from shoal.linearity.gram import Gram, multiply_rows
+from shoal.linearity.moments import Moments, count_held_out, find_sinks, measure_moments, measure_norms
+from shoal.models.structure import watch_boundaries
+from shoal.text.windows import TokenWindows
 
 
 def assert_same_gram(found: Gram, expected: Gram, *, rtol: float = 1e-10, atol: float = 1e-9) -> None:

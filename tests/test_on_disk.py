@@ -8,17 +8,18 @@ import pytest
 import torch
 from conftest import FAMILIES, make_ids, make_model, write_prose
 from safetensors.torch import load_file
-from shoal.blocks import find_blocks
-from shoal.compress import compress
-from shoal.evaluate import evaluate, measure_size
-from shoal.models import hash_weights, is_memory_short, load_model
-from shoal.moments import measure_moments
-from shoal.on_disk import copy_model, hold, is_on_disk
+from shoal.checkpoints.load import hash_weights, is_memory_short, load_model
+from shoal.compression import compress
+from shoal.large.on_disk import copy_model, hold, is_on_disk
+from shoal.linearity.moments import measure_moments
+from shoal.measure.perplexity import evaluate
+from shoal.measure.size_and_speed import measure_size
+from shoal.measure.targets import measure_targets
+from shoal.models.structure import find_blocks
 from shoal.recipe import Recipe, Texts
-from shoal.replace import apply_replacement
-from shoal.teacher import measure_targets
-from shoal.text import TokenWindows
-from shoal.walk import fit_in_order
+from shoal.replace.in_order import fit_in_order
+from shoal.replace.maps import apply_replacement
+from shoal.text.windows import TokenWindows
 
 # How a block is called and what it returns differs between these.
 DIFFERENT = {"llama": "linear", "gemma2": "dropped", "gpt2": "folded", "falcon": "low_rank"}
@@ -83,7 +84,7 @@ def test_targets_are_the_same(different, few):
 
 def test_windows_whose_streams_are_too_large_go_through_in_groups(different, few, monkeypatch):
     expected, done = measure_targets(different[1], few), []
-    monkeypatch.setattr("shoal.flow.MAX_STREAM_BYTES", 4 * 12 * 32 * 4)  # four windows of 12 tokens
+    monkeypatch.setattr("shoal.large.streamed.MAX_STREAM_BYTES", 4 * 12 * 32 * 4)  # four windows of 12 tokens
     found = measure_targets(different[1], few, on_progress=done.append)
     torch.testing.assert_close(found.nll, expected.nll)
     torch.testing.assert_close(found.logits, expected.logits)

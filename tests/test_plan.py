@@ -10,9 +10,9 @@ import sys
 import pytest
 from conftest import make_model
 from shoal.cost import HARDWARE, SHAPES, Shape
+from shoal.distil.trainable import select_trained
 from shoal.recipe import Distillation
-from shoal.replace import linear_blocks
-from shoal.trainable import select_trained
+from shoal.replace.maps import linear_blocks
 from shoal_services.cli import app
 from shoal_services.config import load_config
 from shoal_services.phases import bytes_per_step, sharded_bytes_per_step

@@ -17,8 +17,8 @@ import psutil
 import pytest
 import yaml
 from conftest import write_prose
-from shoal.models import load_model
-from shoal.pretrain_recipe import Regularizer
+from shoal.checkpoints.load import load_model
+from shoal.paper.pretrain_recipe import Regularizer
 from shoal_services.pretraining.config import PretrainConfig, load_pretrain_config
 from shoal_services.pretraining.page import write_pretraining_page
 from shoal_services.pretraining.results import Estimate, PretrainFolder, PretrainResult, compare, group_runs, summarise

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from shoal.models import load_model
-from shoal.probe import LabelledTexts, embed_texts, load_labelled, probe, probe_model
+from shoal.checkpoints.load import load_model
+from shoal.checkpoints.store import save
+from shoal.paper.probe import LabelledTexts, embed_texts, load_labelled, probe, probe_model
 from shoal.recipe import Recipe
-from shoal.replace import Replacement, apply_replacement
-from shoal.store import save
+from shoal.replace.maps import Replacement, apply_replacement
 
 WORDS = ["".join(random.Random(seed).choices("abcdefghijklm", k=5)) for seed in range(300)]
 

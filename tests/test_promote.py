@@ -12,7 +12,7 @@ import mlflow
 import pytest
 from conftest import make_point
 from safetensors.torch import save_file
-from shoal.store import hash_folder, save_point
+from shoal.checkpoints.store import hash_folder, save_point
 from shoal_services.cli import main
 from shoal_services.folder import RunFolder, TrialResult
 from shoal_services.promote import promote

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from conftest import make_ids, make_model
-from shoal.pretrain_recipe import Regularizer
-from shoal.regularize import Penalty, cosine_regularizer, mse_regularizer
+from shoal.paper.pretrain_recipe import Regularizer
+from shoal.paper.regularize import Penalty, cosine_regularizer, mse_regularizer
 
 
 def random_streams(num_boundaries: int = 4, *, seed: int = 0) -> list[torch.Tensor]:

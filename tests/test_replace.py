@@ -9,11 +9,11 @@ import shoal
 import torch
 import transformers
 from conftest import make_ids
-from shoal.blocks import find_blocks, name_cache_argument, watch_boundaries
+from shoal.checkpoints.store import save
+from shoal.models.structure import find_blocks, name_cache_argument, watch_boundaries
 from shoal.recipe import KINDS, Recipe
-from shoal.replace import AffineMap, Replacement, apply_replacement, find_runs, linear_blocks
-from shoal.store import save
-from shoal.walk import fit_in_order
+from shoal.replace.in_order import fit_in_order
+from shoal.replace.maps import AffineMap, Replacement, apply_replacement, find_runs, linear_blocks
 from test_blocks import same_with_and_without_cache
 
 
@@ -56,7 +56,7 @@ def test_maps_stand_where_the_blocks_stood(model, blocks):
 
 @torch.no_grad()
 def run_by_hand(model, ids, blocks, maps):
-    from shoal.calls import embed, record_calls
+    from shoal.models.calls import embed, record_calls
 
     calls = record_calls(model, ids)
     stream = embed(model, ids)

@@ -12,7 +12,7 @@ import torch
 from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shoal.models import load_model, load_tokenizer
+from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal_services.serving.decoder import BatchedDecoder
 from shoal_services.serving.engine import Engine
 from shoal_services.serving.generation import Delta, Generation, OutOfMemory, RequestFailed, Sampling

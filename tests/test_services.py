@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from searches import assert_whole, write_search
-from shoal.store import hash_folder
+from shoal.checkpoints.store import hash_folder
 from shoal_services.promote import promote
 from shoal_services.registry import BASE_TAG, PLACE_TAG, SEARCH_TAG, find_registered, ping
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_ids, make_model
-from shoal.blocks import find_blocks
-from shoal.distill import DistillationRun, Lesson
-from shoal.models import hash_weights, load_model
-from shoal.on_disk import copy_model, is_on_disk
+from shoal.checkpoints.load import hash_weights, load_model
+from shoal.distil.run import DistillationRun, Lesson
+from shoal.large.on_disk import copy_model, is_on_disk
+from shoal.large.shard import is_sharded, local
+from shoal.measure.targets import measure_targets
+from shoal.models.structure import find_blocks
 from shoal.recipe import Distillation
-from shoal.replace import AffineMap, Replacement, apply_replacement
-from shoal.shard import is_sharded, local
-from shoal.teacher import measure_targets
-from shoal.text import TokenWindows
+from shoal.replace.maps import AffineMap, Replacement, apply_replacement
+from shoal.text.windows import TokenWindows
 from torch import Tensor
 
 WINDOWS = TokenWindows(make_ids(16, 16), "train")

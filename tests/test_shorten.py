@@ -12,14 +12,14 @@ from conftest import COMMON, GPT, MIXED, make_ids, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from shoal.blocks import find_blocks, text_config, watch_boundaries
-from shoal.layer_settings import keep_layers
+from shoal.checkpoints.store import save
+from shoal.models.layer_settings import keep_layers
+from shoal.models.shorten import drop_blocks, plan_shortening
+from shoal.models.structure import find_blocks, text_config, watch_boundaries
 from shoal.recipe import Recipe
-from shoal.replace import AffineMap, Replacement, apply_replacement
-from shoal.shorten import drop_blocks, plan_shortening
-from shoal.store import save
-from shoal.text import TokenWindows
-from shoal.walk import fit_in_order
+from shoal.replace.in_order import fit_in_order
+from shoal.replace.maps import AffineMap, Replacement, apply_replacement
+from shoal.text.windows import TokenWindows
 from test_blocks import same_with_and_without_cache
 from test_replace import make_tokenizer, random_map
 
@@ -193,7 +193,7 @@ def test_the_configuration_decides_what_is_loaded_so_it_is_read_back(llama, toke
 
 
 def test_a_model_that_fits_in_memory_once_is_read_back_in_parts(llama, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("shoal.read_back._fits_again", lambda _model: False)
+    monkeypatch.setattr("shoal.checkpoints.read_back._fits_again", lambda _model: False)
     recipe = Recipe(base_model="tiny", num_replaced=1, blocks=(2,), selection="listed")
     for name, maps in {"linear": {2: random_map(2)}, "dropped": {}}.items():
         student = make_model("llama")

@@ -7,8 +7,8 @@ import re
 
 import pytest
 import torch
-from shoal.skills import WORDS, Item, answer_items, evaluate_skills, make_items, measure_skills, tokenize
-from shoal.sources import Documents
+from shoal.paper.skills import WORDS, Item, answer_items, evaluate_skills, make_items, measure_skills, tokenize
+from shoal.text.sources import Documents
 
 SKILLS = ["copying", "induction", "arithmetic", "rare words", "common words"]
 

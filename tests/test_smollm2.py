@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import shoal
-from shoal.profile import evaluate_beside, profile_model
+from shoal.linearity.profile import profile_model
+from shoal.measure.beside import evaluate_beside
 from shoal.recipe import Texts
 
 pytestmark = pytest.mark.slow

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from conftest import make_ids, make_model
-from shoal.blocks import find_blocks, find_projections
-from shoal.models import hash_weights
-from shoal.projections import walk_projections, watch_inputs
-from shoal.replace import AffineMap, Replacement, apply_replacement, weight_of
-from shoal.sparsify import choose_kept, sparsify
-from shoal.text import TokenWindows
+from shoal.checkpoints.load import hash_weights
+from shoal.models.structure import find_blocks, find_projections
+from shoal.replace.maps import AffineMap, Replacement, apply_replacement, weight_of
+from shoal.text.windows import TokenWindows
+from shoal.thin.projections import walk_projections, watch_inputs
+from shoal.thin.sparsify import choose_kept, sparsify
 from transformers import MixtralConfig, MixtralForCausalLM
 
 WINDOWS = TokenWindows(make_ids(8, 16), "train")

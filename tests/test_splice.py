@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 from conftest import make_affine, make_ids
-from shoal.evaluate import score_windows
-from shoal.moments import measure_moments
-from shoal.replace import Replacement, make_replaced
-from shoal.shorten import drop_blocks
-from shoal.splice import measure_splices
-from shoal.teacher import measure_targets
-from shoal.text import TokenWindows
+from shoal.linearity.moments import measure_moments
+from shoal.measure.perplexity import score_windows
+from shoal.measure.targets import measure_targets
+from shoal.models.shorten import drop_blocks
+from shoal.paper.splice import measure_splices
+from shoal.replace.maps import Replacement, make_replaced
+from shoal.text.windows import TokenWindows
 
 CALIBRATION, HELD = (TokenWindows(make_ids(num, 32, seed=num), "ids") for num in (16, 4))
 

@@ -10,14 +10,14 @@ import torch
 import transformers
 from conftest import make_ids, make_model, write_prose
 from encoders import ENCODER_DECODERS, ENCODERS, make_encoder, save_with_tokenizer
-from shoal.blocks import find_blocks, find_stacks, is_causal
-from shoal.corpus import find_context
-from shoal.linearity import score_blocks
-from shoal.models import load_model, load_tokenizer, read_config
-from shoal.moments import measure_moments
-from shoal.profile import profile_model
+from shoal.checkpoints.load import load_model, load_tokenizer, read_config
+from shoal.linearity.moments import measure_moments
+from shoal.linearity.profile import profile_model
+from shoal.linearity.scores import score_blocks
+from shoal.models.structure import find_blocks, find_stacks, is_causal
 from shoal.recipe import Texts
-from shoal.text import TokenWindows, close_windows
+from shoal.text.corpus import find_context
+from shoal.text.windows import TokenWindows, close_windows
 from test_cli import assert_refused, shoal  # noqa: F401  the fixture that runs a command
 
 FAMILIES = [*ENCODERS, *ENCODER_DECODERS]

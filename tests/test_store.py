@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 import transformers
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.checkpoints.store import hash_folder, load_point, save, save_point
 from shoal.files import write_text
-from shoal.models import load_model, load_tokenizer
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
-from shoal.replace import AffineMap, Replacement, apply_replacement
-from shoal.store import hash_folder, load_point, save, save_point
+from shoal.replace.maps import AffineMap, Replacement, apply_replacement
 
 RECIPE = Recipe(base_model="tiny", num_replaced=1, blocks=(2,), selection="listed", dtype="float32", seed=7)
 EVALUATION = Evaluation(

@@ -11,14 +11,14 @@ import shoal
 import torch
 import transformers
 from conftest import make_ids, make_model
-from shoal.blocks import find_blocks, find_projections
-from shoal.modeling_shoal import FactoredLinear
+from shoal.checkpoints.store import save
+from shoal.models.modeling_shoal import FactoredLinear
+from shoal.models.structure import find_blocks, find_projections
 from shoal.recipe import KINDS, Recipe
-from shoal.replace import AffineMap, Replacement, apply_replacement, weight_of
-from shoal.sparsify import sparsify
-from shoal.store import save
-from shoal.svd import choose_rank, factor_weights, find_root, truncate
-from shoal.text import TokenWindows
+from shoal.replace.maps import AffineMap, Replacement, apply_replacement, weight_of
+from shoal.text.windows import TokenWindows
+from shoal.thin.sparsify import sparsify
+from shoal.thin.svd import choose_rank, factor_weights, find_root, truncate
 from shoal_services.serving.vllm_plugin import attach_maps
 
 WINDOWS = TokenWindows(make_ids(8, 16), "train")

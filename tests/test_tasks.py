@@ -9,9 +9,9 @@ import statistics
 import pytest
 import torch
 from conftest import write_task
-from shoal.models import load_model
-from shoal.task_scores import TaskResult, compare_results, load_results, save_results
-from shoal.tasks import evaluate_on_tasks, load_tasks, measure_tasks
+from shoal.checkpoints.load import load_model
+from shoal.measure.task_scores import TaskResult, compare_results, load_results, save_results
+from shoal.measure.tasks import evaluate_on_tasks, load_tasks, measure_tasks
 
 
 @pytest.fixture

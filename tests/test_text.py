@@ -7,9 +7,10 @@ import torch
 from conftest import make_ids, write_prose
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal.sources import Documents
-from shoal.text import PLACES_TO_CUT, SHARES, TokenWindows, check_overlap, deal_documents, find_end, make_windows
-from shoal.tokenizer import train_tokenizer
+from shoal.text.leakage import check_overlap
+from shoal.text.sources import Documents
+from shoal.text.tokenizer import train_tokenizer
+from shoal.text.windows import PLACES_TO_CUT, SHARES, TokenWindows, deal_documents, find_end, make_windows
 
 ROLES = ["calibration", "distillation", "selection", "evaluation"]
 
@@ -113,7 +114,7 @@ def test_a_running_text_is_tokenized_as_a_whole(num_tokens, monkeypatch):
     """Also where only as much is tokenized as is wanted, and across the seams of stretches."""
     text = "".join(f" = Title {n} = \n\n\n\n\n\n The {n}th line , and more of it . \n\n\n" for n in range(400))
     learned = train_tokenizer([text], 400)
-    monkeypatch.setattr("shoal.text.STRETCH", 5000)
+    monkeypatch.setattr("shoal.text.windows.STRETCH", 5000)
     windows = make_windows(
         Documents("t", [text[:999], text[999:]], independent=False), learned, window=64, num_tokens=num_tokens
     )

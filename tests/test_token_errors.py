@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import linear_network
-from shoal.blocks import find_stacks
-from shoal.moments import measure_moments
-from shoal.token_errors import (
+from shoal.linearity.moments import measure_moments
+from shoal.linearity.token_errors import (
     EDGES,
     count_errors,
     find_nonlinear_tokens,
     measure_token_errors,
     take_quantiles,
 )
+from shoal.models.structure import find_stacks
 
 
 def test_every_token_has_an_error_in_every_block(llama, windows):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import yaml
 from conftest import make_point
 from searches import Search, end_tree, wait_until, write_search
-from shoal.models import load_model, load_tokenizer
+from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal_services.config import SearchConfig, Workers
 from shoal_services.folder import RunFolder, TrialResult, read_progress
 from shoal_services.ranks import end_all

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from shoal.fit import AffineMap
-from shoal.models import load_model, load_tokenizer
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.checkpoints.store import save
 from shoal.recipe import Recipe
-from shoal.replace import Replacement, apply_replacement
-from shoal.store import save
+from shoal.replace.fit import AffineMap
+from shoal.replace.maps import Replacement, apply_replacement
 from shoal_services.serving.generation import Delta, Generation, QueueFull, Sampling
 from shoal_services.serving.settings import Limits, VariantSettings
 

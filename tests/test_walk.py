@@ -7,15 +7,15 @@ import copy
 import pytest
 import torch
 from conftest import make_affine, make_ids, make_model
-from shoal.blocks import find_blocks, find_down_proj, watch_boundaries
-from shoal.fit import fit_independent
-from shoal.models import hash_weights
-from shoal.moments import measure_moments
+from shoal.checkpoints.load import hash_weights
+from shoal.linearity.moments import measure_moments
+from shoal.models.shorten import drop_blocks
+from shoal.models.structure import find_blocks, find_down_proj, watch_boundaries
 from shoal.recipe import KINDS
-from shoal.replace import Replacement, apply_replacement
-from shoal.shorten import drop_blocks
-from shoal.text import TokenWindows
-from shoal.walk import fit_in_order
+from shoal.replace.fit import fit_independent
+from shoal.replace.in_order import fit_in_order
+from shoal.replace.maps import Replacement, apply_replacement
+from shoal.text.windows import TokenWindows
 
 
 def replace(model, replacement: Replacement):

@@ -26,7 +26,7 @@ def compress(base_model: str, folder: str | Path, *, texts: Texts | None = None,
 
     Raises ValueError for a recipe that the model or the texts cannot fulfil.
     """
-    from shoal.compress import compress as run
+    from shoal.compression import compress as run
     from shoal.recipe import Recipe
 
     if recipe.get("blocks") is not None:
@@ -39,7 +39,7 @@ def load(folder: str | Path, *, dtype: str | None = None) -> PreTrainedModel:
 
     Raises ValueError if there is no such model.
     """
-    from shoal.models import load_model
+    from shoal.checkpoints.load import load_model
 
     return load_model(str(folder), dtype=dtype, any_kind=True)
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 from shoal.recipe import Distillation
 
 NUM_TOP = 64
-NUM_RIDGES = 3  # that are tried, as a rule, of `shoal.fit.RIDGES`
+NUM_RIDGES = 3  # that are tried, as a rule, of `shoal.replace.fit.RIDGES`
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -113,7 +113,7 @@ class Shape:
         return 2.0 * self.num_blocks * self.mlp_width * (self.mlp_width + self.width)
 
     def score_operations(self) -> float:
-        """In float64, once: three least-squares fits and a product for each block (see `shoal.linearity`)."""
+        """In float64, once: three least-squares fits and a product for each block (see `shoal.linearity.scores`)."""
         return 9.0 * self.num_blocks * self.width**3
 
     def solve_operations(self) -> float:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from shoal.corpus import Corpus
-from shoal.linearity import BlockLinearity, read_scores
-from shoal.moments import Moments, measure_moments
-from shoal.teacher import TeacherTargets, measure_targets
-
-Listener = Callable[[str, int, int], None]
-"""Hears (stage, done, total) while long work goes on."""
-
-
-def ignore(_stage: str, _done: int, _total: int) -> None:
-    """The listener that does nothing."""
-
-
-def count_on(listen: Listener, stage: str, before: int, total: int) -> Callable[[int], None]:
-    """A listener for a part of a stage: it hears how much of the part is done, `before` was done by other parts."""
-    return lambda done: listen(stage, before + done, total)
+from shoal.linearity.moments import Moments, measure_moments
+from shoal.linearity.scores import BlockLinearity, read_scores
+from shoal.measure.targets import TeacherTargets, measure_targets
+from shoal.progress import Listener, count_on, ignore
+from shoal.text.corpus import Corpus
 
 
 @dataclass(frozen=True)

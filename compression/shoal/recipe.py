@@ -59,7 +59,7 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_lengt
 
 
 class Texts(Value):
-    """Where the texts come from (one source or several, see `shoal.text`) and how much of them is used.
+    """Where the texts come from (one source or several, see `shoal.text.windows`) and how much of them is used.
 
     A source named both for training and for evaluation is shared out by documents.
     """

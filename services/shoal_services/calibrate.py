@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from shoal.corpus import Corpus, load_corpus
-from shoal.linearity import require_calibration, score_blocks, write_scores
-from shoal.models import choose_device, hash_weights, load_model, load_tokenizer
-from shoal.moments import Moments, measure_moments
-from shoal.prepare import Listener
-from shoal.shorten import require_shortenable
-from shoal.task_scores import save_results
-from shoal.teacher import TeacherTargets, measure_targets
-from shoal.text import TokenWindows
+from shoal.checkpoints.load import choose_device, hash_weights, load_model, load_tokenizer
+from shoal.linearity.moments import Moments, measure_moments
+from shoal.linearity.scores import require_calibration, score_blocks, write_scores
+from shoal.measure.targets import TeacherTargets, measure_targets
+from shoal.measure.task_scores import save_results
+from shoal.models.shorten import require_shortenable
+from shoal.progress import Listener
+from shoal.text.corpus import Corpus, load_corpus
+from shoal.text.windows import TokenWindows
 from transformers import PreTrainedModel
 
 from shoal_services.config import SearchConfig
@@ -164,7 +164,7 @@ def _score_blocks(root: Path) -> None:
 
 
 def _measure_dense_tasks(payload: dict, root: Path) -> None:
-    from shoal.tasks import load_tasks, measure_tasks
+    from shoal.measure.tasks import load_tasks, measure_tasks
 
     config, folder = SearchConfig.model_validate(payload), RunFolder(root)
     assert config.tasks is not None

@@ -133,7 +133,7 @@ def resolve(value: V, *fields: str) -> V:
 
 def _make_absolute(place: str) -> str:
     """The path of a file or folder that is there; other names, as those of the Hub, as they are."""
-    from shoal.packaged import ALIASES
+    from shoal.checkpoints.packaged import ALIASES
 
     path = Path(place).expanduser()
     return str(path.resolve()) if place not in ALIASES and path.exists() else place

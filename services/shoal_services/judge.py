@@ -15,10 +15,10 @@ from typing import Literal
 
 import openai
 from pydantic import Field, ValidationError
+from shoal.checkpoints.load import load_model, load_tokenizer, recipe_of
 from shoal.files import write_text
-from shoal.generate import sample_continuations
-from shoal.models import load_model, load_tokenizer, recipe_of
-from shoal.prepare import Listener
+from shoal.models.generate import sample_continuations
+from shoal.progress import Listener
 from shoal.recipe import Value
 
 CRITERIA = ("grammar", "creativity", "consistency", "plot")

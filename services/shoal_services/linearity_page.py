@@ -10,9 +10,9 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 from shoal.files import write_text
-from shoal.linearity import RANKING_REASON, BlockLinearity
-from shoal.profile import Profile
-from shoal.token_errors import EDGES, NonlinearToken
+from shoal.linearity.profile import Profile
+from shoal.linearity.scores import RANKING_REASON, BlockLinearity
+from shoal.linearity.token_errors import EDGES, NonlinearToken
 
 from shoal_services.axes import log_axis
 from shoal_services.report import draw, make_page, make_table

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from shoal.cost import DTYPE_BYTES, Hardware, Shape
-from shoal.memory import MAX_LOGITS, MAX_STREAM_BYTES
+from shoal.large.memory import MAX_LOGITS, MAX_STREAM_BYTES
 from shoal.recipe import Recipe
 
 from shoal_services.config import SearchConfig

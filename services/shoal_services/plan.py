@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.cost import SHAPES, Hardware, Shape, target_bytes
-from shoal.memory import MAX_STREAM_BYTES
+from shoal.large.memory import MAX_STREAM_BYTES
 from shoal.recipe import Recipe
 
 from shoal_services.config import SearchConfig
@@ -105,7 +105,7 @@ def read_shape(name: str, revision: str | None = None) -> Shape:
             return Shape.from_config(json.loads(Path(name).read_text()))
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"--model-config {name!r} cannot be read: {error}") from error
-    from shoal.models import read_config  # torch is not needed for the other two
+    from shoal.checkpoints.load import read_config  # torch is not needed for the other two
 
     return Shape.from_config(read_config(name, revision=revision).to_dict())
 

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
-from shoal.packaged import ALIASES
+from shoal.checkpoints.packaged import ALIASES
 from shoal.recipe import text_format
 
 from shoal_services.config import SearchConfig

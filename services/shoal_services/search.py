@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray
+from shoal.checkpoints.load import describe_source
 from shoal.files import write_text
 from shoal.frontier import find_frontier, name_picks
-from shoal.linearity import BlockLinearity, read_scores, write_scores
-from shoal.models import describe_source
+from shoal.linearity.scores import BlockLinearity, read_scores, write_scores
 from shoal.recipe import Point
 
 from shoal_services.calibrate import prepare_search

@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from shoal.encoders import EncoderPoint
 from shoal.frontier import name_picks
-from shoal.linearity import RANKING_REASON, BlockLinearity
-from shoal.profile import Profile
+from shoal.linearity.profile import Profile
+from shoal.linearity.scores import RANKING_REASON, BlockLinearity
 from shoal.recipe import Evaluation, Point, Recipe, TaskScore
 
 

@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column
-from shoal.linearity import BlockLinearity
+from shoal.linearity.scores import BlockLinearity
 
 from shoal_services.console import console, mask_passwords, quote, say, show
 from shoal_services.folder import TrialResult, read_progress

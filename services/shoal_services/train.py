@@ -16,17 +16,20 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from shoal.compress import Stopwatch, choose, evaluate_all, fit, make_lesson, make_point, name_inputs, thin_weights
-from shoal.corpus import Corpus
-from shoal.distill import DistillationRun
-from shoal.evaluate import Collapsed, measure_size, measure_speeds, score_windows
-from shoal.models import load_model, load_tokenizer
-from shoal.on_disk import copy_model
-from shoal.prepare import Listener, Preparation, ignore
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.checkpoints.store import save, save_point
+from shoal.compression import Stopwatch, choose, evaluate_all, fit, make_lesson, make_point, name_inputs, thin_weights
+from shoal.distil.run import DistillationRun
+from shoal.errors import Collapsed
+from shoal.large.on_disk import copy_model
+from shoal.measure.perplexity import score_windows
+from shoal.measure.size_and_speed import measure_size, measure_speeds
+from shoal.measure.task_scores import compare_results, load_results
+from shoal.prepare import Preparation
+from shoal.progress import Listener, ignore
 from shoal.recipe import Distillation, Recipe, TaskScore, fingerprint
-from shoal.replace import Replacement, apply_replacement
-from shoal.store import save, save_point
-from shoal.task_scores import compare_results, load_results
+from shoal.replace.maps import Replacement, apply_replacement
+from shoal.text.corpus import Corpus
 from transformers import PreTrainedModel
 
 from shoal_services.config import SearchConfig
@@ -127,7 +130,7 @@ class Trial:
         """The student in the search's tasks, if it has any, beside the dense model."""
         if self.config.tasks is None:
             return ()
-        from shoal.tasks import load_tasks, measure_tasks
+        from shoal.measure.tasks import load_tasks, measure_tasks
 
         self.listen("tasks", 0, 1)
         tokenizer = load_tokenizer(str(self.folder.prepared / "tokenizer"))

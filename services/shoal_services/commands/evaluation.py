@@ -58,13 +58,13 @@ def evaluate(
     if tasks and skills:
         raise ValueError("give either --tasks or --skills")
     if tasks:
-        from shoal.tasks import evaluate_on_tasks
+        from shoal.measure.tasks import evaluate_on_tasks
 
         names = [name for listed in tasks for name in listed.split(",")]
         _tell_scores(model, evaluate_on_tasks(model, dense, names, limit=limit, dtype=dtype), as_json)
         return
-    from shoal.profile import evaluate_beside
-    from shoal.skills import evaluate_skills
+    from shoal.measure.beside import evaluate_beside
+    from shoal.paper.skills import evaluate_skills
 
     from shoal_services.console import show
     from shoal_services.tables import evaluation_table

@@ -26,7 +26,7 @@ from shoal_services.commands.options import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from shoal.profile import Profile
+    from shoal.linearity.profile import Profile
     from shoal.recipe import Recipe, Texts
 
 
@@ -85,7 +85,7 @@ def profile(
 
         shoal profile EleutherAI/pythia-70m --revision step1000 --revision step10000 --revision step143000
     """
-    from shoal.profile import profile_model
+    from shoal.linearity.profile import profile_model
 
     from shoal_services.console import name_of, say, show
     from shoal_services.linearity_page import is_one_model, write_comparison_page, write_linearity_page
@@ -176,9 +176,9 @@ def compress(
 
         shoal compress ./my-llama --blocks 12,13,14 --text corpus.txt --evaluation-text held-out.txt
     """
-    from shoal.blocks import is_causal
-    from shoal.compress import compress as run
-    from shoal.models import read_config
+    from shoal.checkpoints.load import read_config
+    from shoal.compression import compress as run
+    from shoal.models.structure import is_causal
     from shoal.recipe import Distillation, Recipe
 
     from shoal_services.console import name_of, say, show

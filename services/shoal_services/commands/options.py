@@ -49,8 +49,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts ins
 
 def choose_window(window: int | None, models: list[str], revisions: Sequence[str | None] = (None,)) -> int:
     """The window that was asked for, or 1024 tokens, or what all of these models take."""
-    from shoal.corpus import find_context
-    from shoal.models import load_tokenizer, read_config
+    from shoal.checkpoints.load import load_tokenizer, read_config
+    from shoal.text.corpus import find_context
 
     if window is not None:
         return window

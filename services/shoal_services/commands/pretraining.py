@@ -73,7 +73,7 @@ def pretraining_table(name: str, results: Sequence[PretrainResult]) -> Table:
     """The regularisers of a sweep: perplexity and mean linearity, and in brackets the difference to λ = 0."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    from shoal.pretrain_recipe import Regularizer
+    from shoal.paper.pretrain_recipe import Regularizer
 
     from shoal_services.pretraining.results import compare, describe_texts, estimate, group_runs
 

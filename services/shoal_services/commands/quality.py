@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.table import Table
-    from shoal.probe import Probe
-    from shoal.splice import Worth
+    from shoal.paper.probe import Probe
+    from shoal.paper.splice import Worth
 
     from shoal_services.judge import CriterionGrade
 
@@ -50,7 +50,7 @@ def probe(
 
         shoal probe smollm2-135m smollm2-135m-linear-6 --data labelled.jsonl --json
     """
-    from shoal.probe import load_labelled, probe_model
+    from shoal.paper.probe import load_labelled, probe_model
 
     from shoal_services.console import show
     from shoal_services.terminal import show_progress
@@ -135,7 +135,7 @@ def splice(
 
         shoal splice ./my-llama --text corpus.txt --evaluation-text held-out.txt --json
     """
-    from shoal.splice import find_worth
+    from shoal.paper.splice import find_worth
 
     from shoal_services.console import show
     from shoal_services.terminal import show_progress

@@ -107,8 +107,8 @@ def frontier(
 
 def _compare_continuations(points, prompt: str, num_new: int) -> None:
     from rich.text import Text
-    from shoal.generate import continue_text
-    from shoal.models import load_model, load_tokenizer
+    from shoal.checkpoints.load import load_model, load_tokenizer
+    from shoal.models.generate import continue_text
 
     from shoal_services.console import output
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator
-from shoal.finetune import Examples, Finetuning
-from shoal.labelled import load_labelled, load_preferences
-from shoal.models import load_tokenizer
+from shoal.checkpoints.load import load_tokenizer
+from shoal.paper.finetune import Examples, Finetuning
 from shoal.recipe import Texts, Value
+from shoal.text.labelled import load_labelled, load_preferences
 
 from shoal_services.config import Workers, resolve
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from shoal.linearity import BlockLinearity
-from shoal.profile import Profile
+from shoal.linearity.profile import Profile
+from shoal.linearity.scores import BlockLinearity
 from shoal.recipe import Text
 
 from shoal_services.estimate import Estimate

@@ -11,14 +11,14 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from shoal.corpus import load_corpus
+from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.files import write_text
-from shoal.finetune import FinetuningRun
-from shoal.linearity import require_calibration, score_blocks
-from shoal.models import load_model, load_tokenizer
-from shoal.moments import measure_moments
-from shoal.prepare import Listener, ignore
-from shoal.text import TokenWindows
+from shoal.linearity.moments import measure_moments
+from shoal.linearity.scores import require_calibration, score_blocks
+from shoal.paper.finetune import FinetuningRun
+from shoal.progress import Listener, ignore
+from shoal.text.corpus import load_corpus
+from shoal.text.windows import TokenWindows
 from transformers import PreTrainedModel
 
 from shoal_services.finetuning.config import FinetuneConfig

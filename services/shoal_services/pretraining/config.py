@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
-from shoal.pretrain_recipe import (
+from shoal.paper.pretrain_recipe import (
     Architecture,
     Pretraining,
     PretrainRecipe,

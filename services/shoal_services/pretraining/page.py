@@ -9,7 +9,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 from shoal.files import write_text
-from shoal.pretrain_recipe import Regularizer
+from shoal.paper.pretrain_recipe import Regularizer
 
 from shoal_services.linearity_page import LAYOUT
 from shoal_services.pretraining.results import (

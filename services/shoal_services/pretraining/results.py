@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from shoal.files import write_text
-from shoal.pretrain_recipe import PretrainRecipe, Regularizer
+from shoal.paper.pretrain_recipe import PretrainRecipe, Regularizer
 from shoal.recipe import Text
 
 from shoal_services.estimate import Estimate

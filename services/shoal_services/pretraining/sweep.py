@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import ray
 import ray.tune
-from shoal.pretrain_corpus import load_pretrain_corpus
+from shoal.paper.pretrain_corpus import load_pretrain_corpus
 
 from shoal_services.cluster import connect
 from shoal_services.events import TrialEvents

@@ -11,11 +11,11 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from shoal.descent import Diverged
-from shoal.models import load_tokenizer
-from shoal.prepare import Listener, ignore
-from shoal.pretrain import PretrainingRun, make_model, save_model
-from shoal.pretrain_corpus import PretrainCorpus
+from shoal.checkpoints.load import load_tokenizer
+from shoal.distil.descent import Diverged
+from shoal.paper.pretrain import PretrainingRun, make_model, save_model
+from shoal.paper.pretrain_corpus import PretrainCorpus
+from shoal.progress import Listener, ignore
 
 from shoal_services.faults import limit_steps
 from shoal_services.folder import ProgressFile

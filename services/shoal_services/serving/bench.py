@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
-from shoal.sources import load_documents
+from shoal.text.sources import load_documents
 
 from shoal_services.serving.load import Load, LoadResult, run_load
 

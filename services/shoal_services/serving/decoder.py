@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from shoal.blocks import name_cache_argument, text_config
-from shoal.memory import find_free_bytes
+from shoal.large.memory import find_free_bytes
+from shoal.models.structure import name_cache_argument, text_config
 from torch import Tensor
 from transformers import PreTrainedModel
 

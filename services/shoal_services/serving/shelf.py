@@ -28,7 +28,7 @@ class Shelf:
 
     async def check(self, model_id: str) -> None:
         """Raises ValueError for a model that could not be loaded if it were asked for, as far as its files tell."""
-        from shoal.models import check_model
+        from shoal.checkpoints.load import check_model
 
         await asyncio.to_thread(check_model, self.models[model_id]["place"])
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from shoal.models import describe_source
-from shoal.packaged import ALIASES
+from shoal.checkpoints.load import describe_source
+from shoal.checkpoints.packaged import ALIASES
 from shoal.recipe import Point, fingerprint
 
 from shoal_services.complaints import read_strict

@@ -22,7 +22,7 @@ class Variant:
     """Answers calls for one model. Heavy imports wait until a replica starts."""
 
     def __init__(self, name: str, model: str, variant: dict[str, Any], limits: dict[str, Any]):
-        from shoal.models import load_tokenizer
+        from shoal.checkpoints.load import load_tokenizer
 
         settings = VariantSettings.model_validate(variant)
         self.meters = Meters(name)
@@ -35,7 +35,7 @@ class Variant:
 
     def _start_engine(self, model: str, settings: VariantSettings) -> Engine:
         import torch
-        from shoal.models import load_model
+        from shoal.checkpoints.load import load_model
 
         from shoal_services.serving.decoder import BatchedDecoder
         from shoal_services.serving.engine import Engine
@@ -55,7 +55,7 @@ class Variant:
         )  # fmt: skip
 
     def _start_vllm(self, model: str, settings: VariantSettings) -> VllmEngine:
-        from shoal.packaged import ALIASES, convert_packaged
+        from shoal.checkpoints.packaged import ALIASES, convert_packaged
 
         from shoal_services.serving.vllm_engine import VllmEngine
 

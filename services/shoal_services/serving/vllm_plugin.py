@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoal import modeling_shoal
-from shoal.modeling_shoal import PREFIX, LinearBlock, list_blocks
+from shoal.checkpoints.load import modeling_shoal
+from shoal.models.modeling_shoal import PREFIX, LinearBlock, list_blocks
 from torch import Tensor
 
 
