@@ -111,7 +111,7 @@ def tiny_random(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def ray_cluster() -> Iterator[None]:
     """One local Ray of two CPUs for all tests that run in this process; searches bring their own, in theirs."""
     import ray
-    from shoal_services.cluster import connect
+    from shoal_services.cluster.connect import connect
 
     connect(None, num_cpus=2)
     yield
@@ -172,8 +172,8 @@ def moments_of(stream_lnd: torch.Tensor) -> Moments:
     for block, (x, y) in enumerate(pairwise(stream_lnd)):
         moments.ordinary.add(block, x[::2], y[::2])
         moments.held_ordinary.add(block, x[1::2], y[1::2])
-        moments.norm_ratio[block] = ((y - x).norm(dim=1) / y.norm(dim=1)).sum()
-        moments.cosine[block] = (unit[block] * unit[block + 1]).sum()
+        moments.norm_ratio_sum[block] = ((y - x).norm(dim=1) / y.norm(dim=1)).sum()
+        moments.cosine_sum[block] = (unit[block] * unit[block + 1]).sum()
     moments.similarity += torch.einsum("lnd,mnd->lm", unit, unit)
     moments.num_compared += stream_lnd.shape[1]
     moments.sink_norm_ratio += 1

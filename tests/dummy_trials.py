@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import ray.tune
-from shoal_services.cluster import connect
-from shoal_services.events import TrialEvents
-from shoal_services.folder import TrialEnd, TrialFolder
-from shoal_services.space import read_assignment
-from shoal_services.tracking import Tracker
-from shoal_services.tuning import tune_trials
+from shoal_services.cluster.connect import connect
+from shoal_services.tracking.tracker import Tracker
+from shoal_services.training.folder import TrialEnd, TrialFolder
+from shoal_services.training.trial_events import TrialEvents, read_assignment
+from shoal_services.training.tune import tune_trials
 
 METRICS = ("loss", "learning_rate", "gradient_norm", "held_out_kl", "held_out_perplexity", "num_parameters")
 START_AFTER_S = 5.0

@@ -27,8 +27,10 @@ from ray.cluster_utils import Cluster
 from safetensors import SafetensorError, safe_open
 from scenarios import Row, parse_choice, print_rows
 from searches import LIMIT_S, Search, assert_whole, closed_port, end_tree, wait_until, write_search
-from shoal_services.folder import OUT_OF_MEMORY, TrialResult, read_progress
-from shoal_services.registry import KEY_TAG
+from shoal_services.search.folder import TrialResult
+from shoal_services.tracking.registry import KEY_TAG
+from shoal_services.training.folder import OUT_OF_MEMORY
+from shoal_services.training.progress_file import read_progress
 
 NUM_STEPS = 512
 SPACE = {

@@ -12,7 +12,7 @@ import time
 
 import numpy
 import torch
-from shoal.cost import Shape
+from shoal.cost import ModelShape
 from shoal.distil.trainable import select_trained
 from shoal.measure.divergence import TopTokens, find_divergence, pick_log_probs
 from shoal.recipe import Distillation
@@ -26,13 +26,13 @@ MODELS = [
 ]  # fmt: skip
 
 
-def make(width: int, mlp: int, blocks: int, vocabulary: int) -> tuple[LlamaForCausalLM, Shape]:
+def make(width: int, mlp: int, blocks: int, vocabulary: int) -> tuple[LlamaForCausalLM, ModelShape]:
     config = LlamaConfig(
         hidden_size=width, intermediate_size=mlp, num_hidden_layers=blocks, vocab_size=vocabulary,
         num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=512,
     )  # fmt: skip
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval(), Shape.from_config(config.to_dict())
+    return LlamaForCausalLM(config).eval(), ModelShape.from_config(config.to_dict())
 
 
 def cpu_seconds(work) -> float:

@@ -18,8 +18,8 @@ import psutil
 import pytest
 import yaml
 from mlflow.entities import Run
-from shoal_services.folder import RunFolder
-from shoal_services.registry import KEY_TAG
+from shoal_services.search.folder import RunFolder
+from shoal_services.tracking.registry import KEY_TAG
 
 SHOAL = Path(sys.executable).with_name("shoal")
 SMOKE = Path(__file__).parents[1] / "tune_configs" / "smoke.yaml"

@@ -12,19 +12,19 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
-from shoal_services.serving.answer import Answer
 from shoal_services.serving.app import build
 from shoal_services.serving.application import make_application
-from shoal_services.serving.channel import Inbox, Outbox, Reply
-from shoal_services.serving.course import Course
-from shoal_services.serving.failures import BrokenOff, describe_failure
-from shoal_services.serving.gateway import Gateway
-from shoal_services.serving.generation import Call, Delta, EngineFailed, Piece, QueueFull
-from shoal_services.serving.health import HEALTHY, read_state
-from shoal_services.serving.listener import Listener
+from shoal_services.serving.engine.generation import Call, Delta, EngineFailed, Piece, QueueFull
+from shoal_services.serving.http.failures import BrokenOff, describe_failure
+from shoal_services.serving.http.gateway import Gateway
+from shoal_services.serving.http.health import HEALTHY, read_state
+from shoal_services.serving.http.record import RequestRecord
+from shoal_services.serving.http.server import GatewayServer
+from shoal_services.serving.http.stream import AnswerStream
+from shoal_services.serving.replica.channel import Inbox, Outbox, Reply
 from shoal_services.serving.settings import Limits, ServeSettings, VariantSettings
 
-CARD = {"app": "a", "shelf": None, "sleeps": False, "perplexity": None, "num_parameters": None}
+CARD = {"app": "a", "model_cache": None, "sleeps": False, "perplexity": None, "num_parameters": None}
 CONFIG = {
     "variants": {"dense": CARD}, "routes": {}, "shadows": {}, "observer": None, "keys": None, "origins": [],
     "local_only": True,
@@ -56,9 +56,9 @@ class Replica:
             raise self.error
 
 
-def answer_of(replica: Replica, timeout_s: float) -> Answer:
-    course = Course("dense", None, [Call("x", 9)] * 2, lambda _course: None)
-    return Answer(Inbox("127.0.0.1"), replica, course, timeout_s=timeout_s)  # type: ignore[arg-type]
+def answer_of(replica: Replica, timeout_s: float) -> AnswerStream:
+    record = RequestRecord("dense", None, [Call("x", 9)] * 2, lambda _record: None)
+    return AnswerStream(Inbox("127.0.0.1"), replica, record, timeout_s=timeout_s)  # type: ignore[arg-type]
 
 
 def test_an_answer_takes_as_long_as_it_goes_on():
@@ -93,25 +93,25 @@ def ask(port: int, **more: Any) -> httpx.Request:
     return httpx.Request("POST", f"http://127.0.0.1:{port}/v1/completions", json=body)
 
 
-def start(replica: Replica, **limits: float) -> tuple[Listener, int]:
-    listener = Listener("127.0.0.1", 0)
-    gateway: Gateway = listener.gateway
+def start(replica: Replica, **limits: float) -> tuple[GatewayServer, int]:
+    server = GatewayServer("127.0.0.1", 0)
+    gateway: Gateway = server.gateway
     gateway.handles["a"] = replica  # type: ignore[assignment]
-    return listener, listener._socket.getsockname()[1]
+    return server, server._socket.getsockname()[1]
 
 
 @pytest.mark.parametrize(("num_pieces", "drain_s"), [(10, 5.0), (100, 0.5)])
 def test_a_stop_lets_answers_end_and_tells_those_that_do_not(num_pieces: int, drain_s: float):
     async def run() -> None:
-        listener, port = start(Replica(num_pieces, 0.1))
-        await listener.reconfigure(CONFIG | {"limits": Limits(drain_s=drain_s).model_dump()})
+        server, port = start(Replica(num_pieces, 0.1))
+        await server.reconfigure(CONFIG | {"limits": Limits(drain_s=drain_s).model_dump()})
         async with httpx.AsyncClient(timeout=20) as client:
             streamed, whole = (
                 asyncio.create_task(client.send(ask(port, stream=stream), stream=False)) for stream in (True, False)
             )
             await asyncio.sleep(0.5)
             started = time.monotonic()
-            await listener.__del__()
+            await server.__del__()
             assert time.monotonic() - started < 5
             events = [json.loads(line[6:]) for line in (await streamed).text.split("\n\n") if line.startswith("data: {")]
             if num_pieces == 10:
@@ -129,13 +129,13 @@ def test_a_stop_lets_answers_end_and_tells_those_that_do_not(num_pieces: int, dr
 
 def test_a_stream_of_a_replica_that_dies_ends_with_an_error():
     async def run() -> None:
-        listener, port = start(Replica(3, 0.02, ActorDiedError()))
-        await listener.reconfigure(CONFIG | {"limits": Limits().model_dump()})
+        server, port = start(Replica(3, 0.02, ActorDiedError()))
+        await server.reconfigure(CONFIG | {"limits": Limits().model_dump()})
         async with httpx.AsyncClient(timeout=20) as client:
             streamed = await client.send(ask(port, stream=True))
             assert "the replica that was answering has died" in streamed.text.split("\n\n")[-2]
             assert (await client.send(ask(port))).status_code == 503
-        await listener.__del__()
+        await server.__del__()
 
     asyncio.run(run())
 

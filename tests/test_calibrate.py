@@ -12,9 +12,9 @@ from shoal.linearity.moments import Moments
 from shoal.measure.targets import TeacherTargets, measure_targets
 from shoal.models.structure import find_blocks
 from shoal.text.corpus import Corpus
-from shoal_services.calibrate import join, list_wholes, measure_piece, split, windows_of, write_corpus
-from shoal_services.config import SearchConfig, load_config
-from shoal_services.folder import RunFolder
+from shoal_services.search.config import SearchConfig, load_config
+from shoal_services.search.folder import RunFolder
+from shoal_services.search.prepare import join, list_wholes, measure_piece, split, windows_of, write_corpus
 
 NUM_WORKERS = 4
 

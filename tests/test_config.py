@@ -13,9 +13,10 @@ from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.recipe import Recipe
 from shoal.text.rows import read_rows
 from shoal.text.sources import load_documents
-from shoal_services.config import SearchConfig, load_config
-from shoal_services.preflight import check_writable
-from shoal_services.space import Choice, Range, parse_kind, read_assignment
+from shoal_services.cluster.preflight import check_writable
+from shoal_services.search.config import SearchConfig, load_config
+from shoal_services.search.space import Choice, Range, parse_kind
+from shoal_services.training.trial_events import read_assignment
 
 FILES = sorted((Path(__file__).parents[1] / "tune_configs").glob("*.yaml"))
 CONFIGS = [file for file in FILES if not file.stem.startswith("pretrain-")]

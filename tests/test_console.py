@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from shoal.frontier import find_frontier
 from shoal.recipe import TaskScore
-from shoal_services import tables
 from shoal_services.commands.jobs import _say_how_to_return
+from shoal_services.commands.terminal import ProgressDisplay, tell_delivery, tell_runs
 from shoal_services.console import mask_passwords, name_of, say, show
-from shoal_services.terminal import ProgressDisplay, tell_delivery, tell_runs
-from shoal_services.tracking import Delivery
+from shoal_services.pages import tables
+from shoal_services.tracking.tracker import Delivery
 
 NAME = "org/a-model-with-a-long-name[v2]:smile:"
 POINTS = [

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal_services.serving.course import Comparison, Course, Outcome, count_equal
-from shoal_services.serving.generation import Call, Delta, Piece, Token
+from shoal_services.serving.engine.generation import Call, Delta, Piece, Token
+from shoal_services.serving.http.record import Comparison, Outcome, RequestRecord, count_equal
 from shoal_services.serving.observer import summarise
 
 TOKENS = st.lists(st.integers(0, 3), max_size=8)
@@ -22,14 +22,14 @@ def test_tokens_count_up_to_the_first_difference(common: list[int], ours: list[i
 
 
 def test_a_course_ends_once_and_only_answers_have_latencies():
-    ended: list[Course] = []
+    ended: list[RequestRecord] = []
     for result in ("answered", "left"):
-        course = Course("dense", "tiny", [Call("The sea", 2)], ended.append)
-        course.hear(0, Piece(Delta(tokens=(Token(5),)), 3))
-        course.hear(0, Piece(Delta(tokens=(Token(6),), finish_reason="length"), 3))
-        course.end(result)  # type: ignore[arg-type]
-        course.end("failed")
-    assert [course.result for course in ended] == ["answered", "left"]
+        record = RequestRecord("dense", "tiny", [Call("The sea", 2)], ended.append)
+        record.hear(0, Piece(Delta(tokens=(Token(5),)), 3))
+        record.hear(0, Piece(Delta(tokens=(Token(6),), finish_reason="length"), 3))
+        record.end(result)  # type: ignore[arg-type]
+        record.end("failed")
+    assert [record.result for record in ended] == ["answered", "left"]
     assert ended[0].tokens == {0: [5, 6]} and ended[0].first_token_ms is not None
     assert ended[0].latency_ms is not None and ended[1].latency_ms is None
 

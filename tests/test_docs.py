@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import typer
 from shoal_services.cli import app
-from shoal_services.config import load_config
 from shoal_services.pretraining.config import load_pretrain_config
+from shoal_services.search.config import load_config
 from shoal_services.serving.sources import read_sources
 
 ROOT = Path(__file__).parents[1]

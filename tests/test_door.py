@@ -15,17 +15,17 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 import uvicorn
-from shoal_services.serving import wire
 from shoal_services.serving.deploy import Fleet
-from shoal_services.serving.gateway import Gateway
-from shoal_services.serving.guard import Key, KeyRing, add_key, read_keys, revoke_key
-from shoal_services.serving.listener import bind
-from shoal_services.serving.routes import Router
+from shoal_services.serving.http import wire
+from shoal_services.serving.http.gateway import Gateway
+from shoal_services.serving.http.keys import Key, KeyRing, add_key, read_keys, revoke_key
+from shoal_services.serving.http.routes import Router
+from shoal_services.serving.http.server import bind
+from shoal_services.serving.http.web import make_app
+from shoal_services.serving.http.wire import Connection
 from shoal_services.serving.settings import Limits, ServeSettings, VariantSettings
-from shoal_services.serving.web import make_app
-from shoal_services.serving.wire import Connection
 
-CARD = {"app": "dense-1", "shelf": None, "sleeps": False, "perplexity": 20.0, "num_parameters": None}
+CARD = {"app": "dense-1", "model_cache": None, "sleeps": False, "perplexity": 20.0, "num_parameters": None}
 SECRET = "sk-shoal-secret"
 
 

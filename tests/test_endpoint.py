@@ -28,15 +28,15 @@ from mlflow.entities import Run
 from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.checkpoints.store import save
 from shoal.recipe import Recipe
-from shoal_services.promote import promote
-from shoal_services.registry import find_registered
 from shoal_services.serving.deploy import Endpoint
-from shoal_services.serving.guard import Key, KeyRing, add_key, revoke_key
+from shoal_services.serving.http.keys import Key, KeyRing, add_key, revoke_key
+from shoal_services.serving.http.routes import Router, UnknownModel
 from shoal_services.serving.load import Load, run_load
-from shoal_services.serving.routes import Router, UnknownModel
-from shoal_services.serving.settings import Limits, ServeSettings, ShadowSettings, ShelfSettings, VariantSettings
+from shoal_services.serving.settings import Limits, ModelCacheSettings, ServeSettings, ShadowSettings, VariantSettings
 from shoal_services.serving.sources import read_sources
-from shoal_services.tracking import Tracker
+from shoal_services.tracking.promote import promote
+from shoal_services.tracking.registry import find_registered
+from shoal_services.tracking.tracker import Tracker
 
 LIMITS = Limits(max_batch_size=4, max_queued=8, max_context=256, max_tokens=16, max_body_bytes=65536)
 COMPLETIONS = "/v1/completions"
@@ -363,13 +363,13 @@ def test_a_full_queue_says_429_and_when_to_come_back(endpoint: Endpoint, http: h
 def test_shared_variants_take_turns_in_one_process(endpoint: Endpoint, folders: list[str]):
     before = endpoint.settings
     shared = {f"rare-{i}": VariantSettings(model=folders[i % 2], dtype="float32", shared=True) for i in range(3)}
-    more = {"variants": before.variants | shared, "shelf": ShelfSettings(max_loaded=2)}
+    more = {"variants": before.variants | shared, "model_cache": ModelCacheSettings(max_loaded=2)}
     endpoint.reconcile(before.model_copy(update=more))
     with ThreadPoolExecutor(3) as pool:
         statuses = pool.map(lambda name: send(endpoint, name, 6, concurrency=2), [*shared, *shared])
         assert [*statuses] == [[200] * 6] * 6, "also while they make room for each other"
     family = psutil.Process().children(recursive=True)
-    assert sum("ServeReplica:shelf" in " ".join(process.cmdline()) for process in family) == 1
+    assert sum("ServeReplica:model_cache" in " ".join(process.cmdline()) for process in family) == 1
     endpoint.reconcile(before)
     assert set(send(endpoint, "rare-0", 1)) == {404}
 

@@ -17,12 +17,12 @@ from shoal.replace.maps import AffineMap, Replacement, apply_replacement
 from shoal.text.windows import TokenWindows
 from shoal.thin.sparsify import sparsify
 from shoal.thin.svd import factor_weights
-from shoal_services.serving.decoder import BatchedDecoder
-from shoal_services.serving.engine import Engine
-from shoal_services.serving.generation import Delta, Generation, QueueFull, Sampling
-from shoal_services.serving.sampling import Sampler
-from shoal_services.serving.spelling import Spelling
-from shoal_services.serving.text_stream import TextStream
+from shoal_services.serving.engine.decoder import BatchedDecoder
+from shoal_services.serving.engine.engine import Engine
+from shoal_services.serving.engine.generation import Delta, Generation, QueueFull, Sampling
+from shoal_services.serving.engine.sampling import Sampler
+from shoal_services.serving.engine.spelling import Spelling
+from shoal_services.serving.engine.text_stream import TextStream
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 

@@ -13,12 +13,13 @@ import faults
 import pytest
 import torch
 from searches import write_search
-from shoal_services.config import Run
-from shoal_services.faults import FaultNotes, describe_fault, limit_steps, raise_storage_error
+from shoal_services.cluster.preflight import fit_trials
+from shoal_services.cluster.resources import Maximum, Shape
 from shoal_services.finetuning.config import FinetuneConfig
-from shoal_services.folder import OUT_OF_MEMORY, RunFolder, TrialResult
-from shoal_services.preflight import fit_trials
-from shoal_services.resources import Maximum, Shape
+from shoal_services.search.config import Run
+from shoal_services.search.folder import RunFolder, TrialResult
+from shoal_services.training.faults import FaultNotes, describe_fault, limit_steps, raise_storage_error
+from shoal_services.training.folder import OUT_OF_MEMORY
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_full_storage_ends_training_at_once(folder):
 def test_a_process_that_takes_no_step_says_where_it_is_and_ends(root):
     code = """
         import time
-        from shoal_services.faults import limit_steps
+        from shoal_services.training.faults import limit_steps
         with limit_steps(1) as live:
             for _ in range(4):
                 time.sleep(0.5)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from conftest import make_point
-from shoal_services.config import SearchConfig
-from shoal_services.folder import ProgressFile, RunFolder, TrialResult, read_progress
-from shoal_services.search import write_frontier
+from shoal_services.search.config import SearchConfig
+from shoal_services.search.folder import RunFolder, TrialResult
+from shoal_services.search.run import write_frontier
 from shoal_services.serving.sources import read_sources
+from shoal_services.training.progress_file import ProgressFile, read_progress
 
 
 def make_config(storage: Path, **changes) -> SearchConfig:

@@ -17,13 +17,13 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from shoal_services.config import load_config
 from shoal_services.k8s.capacity import read_quantity
 from shoal_services.k8s.checks import check_manifests
 from shoal_services.k8s.manifests import Manifest, build, name_of, parse_manifests, read_manifests
 from shoal_services.k8s.references import SECRETS
 from shoal_services.k8s.render import Place, render_search, size_workers, write_yaml
 from shoal_services.k8s.schemas import read_crds
+from shoal_services.search.config import load_config
 
 ROOT = Path(__file__).parents[1]
 K8S = ROOT / "k8s"
@@ -606,7 +606,7 @@ def test_every_search_can_be_rendered(file: Path):
     ],
 )
 def test_workers_have_the_size_that_run_asks_for(run: dict[str, Any], per_pod: int, pods: int, resources: dict[str, str]):
-    from shoal_services.config import Run
+    from shoal_services.search.config import Run
 
     assert size_workers(Run(**run), Place(workers_per_pod=per_pod)) == (pods, {"memory": "8Gi"} | resources)
 

@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from shoal_services.lock import STALE_AFTER_S, hold
+from shoal_services.training.lock import STALE_AFTER_S, lock_folder
 
 HOLD = """
 import pathlib, sys, time
-from shoal_services.lock import hold
-with hold(pathlib.Path(sys.argv[1])):
+from shoal_services.training.lock import STALE_AFTER_S, lock_folder
+with lock_folder(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -36,14 +36,14 @@ def test_a_folder_in_use_is_refused_with_its_holder_until_that_process_is_gone(t
         assert holder.stdout and holder.stdout.readline() == "held\n"
         with (
             pytest.raises(ValueError, match=f"is in use by process {holder.pid} on .*, since .*: wait for it, stop it"),
-            hold(tmp_path),
+            lock_folder(tmp_path),
         ):
             pass
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
     assert (tmp_path / "lock.json").exists()
-    with hold(tmp_path):
+    with lock_folder(tmp_path):
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "lock.json").exists()
 
@@ -53,23 +53,23 @@ def test_another_host_is_there_if_it_renews_its_note(tmp_path):
     leave_note(tmp_path, "elsewhere", age_s=5)
     renewal = threading.Timer(1, (tmp_path / "lock.json").touch)
     renewal.start()
-    with pytest.raises(ValueError, match="is in use by process 7 on elsewhere, since yesterday"), hold(tmp_path):
+    with pytest.raises(ValueError, match="is in use by process 7 on elsewhere, since yesterday"), lock_folder(tmp_path):
         pass
     renewal.join()
     leave_note(tmp_path, "elsewhere", age_s=STALE_AFTER_S - 1)
-    with hold(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 3}'])
 def test_half_a_note_holds_nobody_up(tmp_path, content):
     (tmp_path / "lock.json").write_text(content)
-    with hold(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
 def test_two_folders_are_held_at_once_and_errors_let_go(tmp_path):
-    with pytest.raises(RuntimeError, match="of the block"), hold(tmp_path / "a"), hold(tmp_path / "b"):
+    with pytest.raises(RuntimeError, match="of the block"), lock_folder(tmp_path / "a"), lock_folder(tmp_path / "b"):
         raise RuntimeError("of the block")
-    with hold(tmp_path / "a"), hold(tmp_path / "b"):
+    with lock_folder(tmp_path / "a"), lock_folder(tmp_path / "b"):
         pass

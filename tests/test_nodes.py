@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hosts import BIN, Hosts, can_make_hosts, make_hosts
-from shoal_services.folder import RunFolder
+from shoal_services.search.folder import RunFolder
 
 HEAD, NODES, LAPTOP, STRANGER = 1, (2, 3), 9, 4
 SHOAL = str(BIN / "shoal")

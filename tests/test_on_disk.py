@@ -10,7 +10,7 @@ from conftest import FAMILIES, make_ids, make_model, write_prose
 from safetensors.torch import load_file
 from shoal.checkpoints.load import hash_weights, is_memory_short, load_model
 from shoal.compression import compress
-from shoal.large.on_disk import copy_model, hold, is_on_disk
+from shoal.large.on_disk import copy_model, in_memory, is_on_disk
 from shoal.linearity.moments import measure_moments
 from shoal.measure.perplexity import evaluate
 from shoal.measure.size_and_speed import measure_size
@@ -120,8 +120,8 @@ def test_the_teacher_stays_as_it_is(different, few):
 
 def test_a_block_is_held_once_for_all_who_use_it(different):
     block = find_blocks(different[1])[2]
-    with hold(block):
-        with hold(block):
+    with in_memory(block):
+        with in_memory(block):
             weights = list(block.parameters())
         assert next(block.parameters()) is weights[0]
         assert num_in_memory(different[1]) == 1

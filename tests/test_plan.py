@@ -9,14 +9,14 @@ import sys
 
 import pytest
 from conftest import make_model
-from shoal.cost import HARDWARE, SHAPES, Shape
+from shoal.cost import HARDWARE, SHAPES, ModelShape
 from shoal.distil.trainable import select_trained
 from shoal.recipe import Distillation
 from shoal.replace.maps import linear_blocks
 from shoal_services.cli import app
-from shoal_services.config import load_config
-from shoal_services.phases import bytes_per_step, sharded_bytes_per_step
-from shoal_services.plan import plan_search
+from shoal_services.search.config import load_config
+from shoal_services.search.phases import bytes_per_step, sharded_bytes_per_step
+from shoal_services.search.plan import plan_search
 from typer.testing import CliRunner
 
 H100 = HARDWARE["h100"]
@@ -30,14 +30,14 @@ def search(root):
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
 def test_parameters_are_those_of_the_model(family):
     model = make_model(family)
-    shape = Shape.from_config(model.config.to_dict())
+    shape = ModelShape.from_config(model.config.to_dict())
     assert shape.num_parameters == sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     assert shape.without(2).num_blocks == 3
 
 
 def test_lora_parameters_are_those_of_peft():
     model = make_model("llama")
-    shape = Shape.from_config(model.config.to_dict())
+    shape = ModelShape.from_config(model.config.to_dict())
     assert not linear_blocks(model)
     select_trained(model, Distillation(trained="lora", lora_rank=4))
     assert shape.lora_parameters(4) == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -153,7 +153,7 @@ def test_what_cannot_be_planned_is_refused(root, arguments, message):
 
 def test_mixtures_of_experts_are_refused():
     with pytest.raises(ValueError, match="mixture of experts"):
-        Shape.from_config({"num_local_experts": 8, "hidden_size": 32, "num_attention_heads": 4})
+        ModelShape.from_config({"num_local_experts": 8, "hidden_size": 32, "num_attention_heads": 4})
 
 
 def test_costs_need_no_torch():

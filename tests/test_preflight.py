@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from shoal_services.config import Run
-from shoal_services.preflight import (
+from shoal_services.cluster.preflight import (
     MIN_FREE_BYTES,
     NodeReport,
     check_cluster,
@@ -22,7 +21,8 @@ from shoal_services.preflight import (
     look_from_node,
     require_equal,
 )
-from shoal_services.resources import Maximum, Shape, read_maximum, read_nodes
+from shoal_services.cluster.resources import Maximum, NodeShape, read_maximum, read_nodes
+from shoal_services.search.config import Run
 
 
 def refusal_of(run: Run, storage: Path) -> str:
@@ -144,7 +144,7 @@ def test_versions_are_those_that_matter():
 
 
 FIXED = Maximum(None, is_unknown=False)
-NODES = {"10.0.0.1": Shape(0), "10.0.0.2": Shape(4), "10.0.0.3": Shape(4, gpus=1)}
+NODES = {"10.0.0.1": NodeShape(0), "10.0.0.2": NodeShape(4), "10.0.0.3": NodeShape(4, gpus=1)}
 
 
 @pytest.mark.parametrize(
@@ -186,14 +186,14 @@ def test_a_worker_that_fits_nowhere_is_refused(run, said):
 
 
 def test_a_cluster_that_grows_is_measured_by_what_it_may_become():
-    grown = Maximum([(Shape(0), 1), (Shape(8), 3)], is_unknown=False)
+    grown = Maximum([(NodeShape(0), 1), (NodeShape(8), 3)], is_unknown=False)
     cleared = fit_trials(Run(cpus_per_worker=6), NODES, grown)
     assert cleared.concurrent == 3
     assert "the cluster may grow, and the search waits" in cleared.remarks[0]
     with pytest.raises(ValueError, match=r"a worker needs 9 CPUs on one node.*; possible node 1 has 0 CPUs and holds 0, "):
         fit_trials(Run(cpus_per_worker=9), NODES, grown)
     # The present nodes are never more than there may be.
-    assert fit_trials(Run(), NODES, Maximum([(Shape(1), 1)], is_unknown=False)).concurrent == 8
+    assert fit_trials(Run(), NODES, Maximum([(NodeShape(1), 1)], is_unknown=False)).concurrent == 8
 
 
 def test_a_cluster_that_grows_without_saying_how_far_is_not_refused():
@@ -205,7 +205,7 @@ def test_a_cluster_that_grows_without_saying_how_far_is_not_refused():
 
 def test_a_local_cluster_does_not_grow(ray_cluster):
     assert read_maximum() == FIXED
-    assert list(read_nodes().values()) == [Shape(2, ray.cluster_resources().get("GPU", 0))]
+    assert list(read_nodes().values()) == [NodeShape(2, ray.cluster_resources().get("GPU", 0))]
 
 
 def test_limits_that_the_cluster_reports_are_read(ray_cluster):
@@ -219,7 +219,7 @@ def test_limits_that_the_cluster_reports_are_read(ray_cluster):
     config.node_group_configs.add(resources={"CPU": 8, "GPU": 2}, max_count=5)
     _internal_kv_put(key, config.SerializeToString(), **place)
     try:
-        assert read_maximum() == Maximum([(Shape(8, 2), 5)], is_unknown=False)
+        assert read_maximum() == Maximum([(NodeShape(8, 2), 5)], is_unknown=False)
     finally:
         _internal_kv_del(key, **place)
 

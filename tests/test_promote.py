@@ -14,10 +14,10 @@ from conftest import make_point
 from safetensors.torch import save_file
 from shoal.checkpoints.store import hash_folder, save_point
 from shoal_services.cli import main
-from shoal_services.folder import RunFolder, TrialResult
-from shoal_services.promote import promote
-from shoal_services.registry import BASE_TAG, HASH_TAG, PLACE_TAG, SEARCH_TAG, find_registered
-from shoal_services.tracking import Tracker
+from shoal_services.search.folder import RunFolder, TrialResult
+from shoal_services.tracking.promote import promote
+from shoal_services.tracking.registry import BASE_TAG, HASH_TAG, PLACE_TAG, SEARCH_TAG, find_registered
+from shoal_services.tracking.tracker import Tracker
 from torch import tensor
 
 TARGET = "smol@live"

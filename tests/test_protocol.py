@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from openai.types.chat import completion_create_params as chat_params
 from pydantic import BaseModel, ValidationError
 from ray.exceptions import RayTaskError
-from shoal_services.serving.generation import (
+from shoal_services.serving.engine.generation import (
     ContextExceeded,
     Delta,
     EngineFailed,
@@ -28,11 +28,11 @@ from shoal_services.serving.generation import (
     RequestFailed,
     Token,
 )
-from shoal_services.serving.prompts import encode
-from shoal_services.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
-from shoal_services.serving.refusals import explain_body
-from shoal_services.serving.web import add_error_shapes
-from shoal_services.serving.writers import ChatWriter, CompletionWriter
+from shoal_services.serving.http.protocol import ChatRequest, CompletionRequest, TokenizeRequest
+from shoal_services.serving.http.refusals import explain_body
+from shoal_services.serving.http.web import add_error_shapes
+from shoal_services.serving.http.writers import ChatWriter, CompletionWriter
+from shoal_services.serving.replica.prompts import encode
 from transformers import PreTrainedTokenizerBase
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pages import Page, drawn, make_profile, make_scores
 from shoal.frontier import find_frontier
-from shoal_services.axes import find_ticks, log_axis
-from shoal_services.linearity_page import comparison_figure, mean_figure, write_comparison_page, write_linearity_page
-from shoal_services.report import frontier_figure, write_frontier_page
+from shoal_services.pages.axes import find_ticks, log_axis
+from shoal_services.pages.frontier_page import frontier_figure, write_frontier_page
+from shoal_services.pages.linearity_page import comparison_figure, mean_figure, write_comparison_page, write_linearity_page
 
 POINTS = [
     make_point(101_000_000, 23.45, kind="folded"),

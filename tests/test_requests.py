@@ -13,9 +13,9 @@ from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shoal.checkpoints.load import load_model, load_tokenizer
-from shoal_services.serving.decoder import BatchedDecoder
-from shoal_services.serving.engine import Engine
-from shoal_services.serving.generation import Delta, Generation, OutOfMemory, RequestFailed, Sampling
+from shoal_services.serving.engine.decoder import BatchedDecoder
+from shoal_services.serving.engine.engine import Engine
+from shoal_services.serving.engine.generation import Delta, Generation, OutOfMemory, RequestFailed, Sampling
 
 ORDINARY = Generation(tuple(b"The sea"), 6, Sampling(temperature=0.8, seed=3), ignore_eos=True)
 

@@ -24,7 +24,7 @@ from shoal.checkpoints.store import hash_folder
 from shoal.frontier import find_frontier, name_picks
 from shoal.models.structure import find_zeros
 from shoal.recipe import Point
-from shoal_services.registry import BASE_TAG, SEARCH_TAG
+from shoal_services.tracking.registry import BASE_TAG, SEARCH_TAG
 
 SHOAL = Path(sys.executable).with_name("shoal")
 LIMIT_S = 600

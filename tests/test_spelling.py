@@ -7,9 +7,9 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal_services.serving.generation import Token
-from shoal_services.serving.spelling import Spelling
-from shoal_services.serving.text_stream import TextStream
+from shoal_services.serving.engine.generation import Token
+from shoal_services.serving.engine.spelling import Spelling
+from shoal_services.serving.engine.text_stream import TextStream
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 

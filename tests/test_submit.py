@@ -19,9 +19,9 @@ import ray
 import yaml
 from ray.job_submission import JobSubmissionClient
 from shoal_services.cli import main
-from shoal_services.config import SearchConfig, load_config
-from shoal_services.jobs import FOLDER_TAG, NAME_TAG, connect_jobs, follow_log
-from shoal_services.portable import MAX_TEXT_BYTES, find_secrets, require_portable
+from shoal_services.cluster.jobs import FOLDER_TAG, NAME_TAG, connect_jobs, follow_log
+from shoal_services.search.config import SearchConfig, load_config
+from shoal_services.search.portable import MAX_TEXT_BYTES, find_secrets, require_portable
 
 SHOAL = Path(sys.executable).with_name("shoal")
 

@@ -19,7 +19,7 @@ from shoal.replace.maps import AffineMap, Replacement, apply_replacement, weight
 from shoal.text.windows import TokenWindows
 from shoal.thin.sparsify import sparsify
 from shoal.thin.svd import choose_rank, factor_weights, find_root, truncate
-from shoal_services.serving.vllm_plugin import attach_maps
+from shoal_services.serving.engine.vllm_plugin import attach_maps
 
 WINDOWS = TokenWindows(make_ids(8, 16), "train")
 

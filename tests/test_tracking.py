@@ -21,9 +21,9 @@ import pytest
 from mlflow.entities import Run
 from safetensors.torch import save_file
 from shoal.checkpoints.store import hash_folder
-from shoal_services.promote import promote
-from shoal_services.registry import HASH_TAG, KEY_TAG, PLACE_TAG, find_registered, ping
-from shoal_services.tracking import Tracker
+from shoal_services.tracking.promote import promote
+from shoal_services.tracking.registry import HASH_TAG, KEY_TAG, PLACE_TAG, find_registered, ping
+from shoal_services.tracking.tracker import Tracker
 from torch import tensor
 
 MODEL = "shoal-tiny"

@@ -21,11 +21,14 @@ import yaml
 from conftest import make_point
 from searches import Search, end_tree, wait_until, write_search
 from shoal.checkpoints.load import load_model, load_tokenizer
-from shoal_services.config import SearchConfig, Workers
-from shoal_services.folder import RunFolder, TrialResult, read_progress
-from shoal_services.ranks import end_all
-from shoal_services.trials import PointSearcher
-from shoal_services.tuning import run_workers, tune_trials
+from shoal_services.search.config import SearchConfig
+from shoal_services.search.folder import RunFolder, TrialResult
+from shoal_services.search.searcher import PointSearcher
+from shoal_services.training.progress_file import read_progress
+from shoal_services.training.ranks import end_all
+from shoal_services.training.train import run_workers
+from shoal_services.training.tune import tune_trials
+from shoal_services.training.workers import Workers
 
 AXES = {
     "num_replaced": {"randint": [1, 3]},

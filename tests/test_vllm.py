@@ -14,7 +14,7 @@ from shoal.checkpoints.store import save
 from shoal.recipe import Recipe
 from shoal.replace.fit import AffineMap
 from shoal.replace.maps import Replacement, apply_replacement
-from shoal_services.serving.generation import Delta, Generation, QueueFull, Sampling
+from shoal_services.serving.engine.generation import Delta, Generation, QueueFull, Sampling
 from shoal_services.serving.settings import Limits, VariantSettings
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator:
-    from shoal_services.serving.vllm_engine import VllmEngine
+    from shoal_services.serving.engine.vllm_engine import VllmEngine
 
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     settings = VariantSettings(model=str(folder), engine="vllm", dtype="float32", engine_options={"enforce_eager": True})

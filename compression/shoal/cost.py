@@ -19,7 +19,7 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A decoder's sizes: all that its cost depends on."""
 
     num_blocks: int
@@ -75,9 +75,9 @@ class Shape:
     def num_parameters(self) -> int:
         return self.num_blocks * self.block_parameters + self.outer_parameters
 
-    def without(self, num_replaced: int) -> Shape:
+    def without(self, num_replaced: int) -> ModelShape:
         """With fewer blocks."""
-        return Shape(**{**vars(self), "num_blocks": self.num_blocks - num_replaced})
+        return ModelShape(**{**vars(self), "num_blocks": self.num_blocks - num_replaced})
 
     def lora_parameters(self, rank: int) -> int:
         """Of adapters on every projection of every block."""
@@ -141,10 +141,10 @@ class Shape:
 
 # Sizes from the config.json files that their makers publish.
 SHAPES = {
-    "llama-2-7b": Shape(32, 4096, 11008, 32, 32, 128, 32000),
-    "llama-3.1-8b": Shape(32, 4096, 14336, 32, 8, 128, 128256),
-    "llama-3.1-70b": Shape(80, 8192, 28672, 64, 8, 128, 128256),
-    "llama-3.1-405b": Shape(126, 16384, 53248, 128, 8, 128, 128256),
+    "llama-2-7b": ModelShape(32, 4096, 11008, 32, 32, 128, 32000),
+    "llama-3.1-8b": ModelShape(32, 4096, 14336, 32, 8, 128, 128256),
+    "llama-3.1-70b": ModelShape(80, 8192, 28672, 64, 8, 128, 128256),
+    "llama-3.1-405b": ModelShape(126, 16384, 53248, 128, 8, 128, 128256),
 }
 
 

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from shoal_services.space import AXIS_TAGS, RANGES
-
 M = TypeVar("M", bound=BaseModel)
+# The forms of an axis: pydantic puts the tag of a form into the place of an error.
+AXIS_TAGS = ("constant", "choice", "range")
+RANGES = ("uniform", "loguniform", "randint")
 
 
 def read_strict(path: Path, model: type[M], *, example: str) -> M:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.checkpoints.load import load_model, load_tokenizer, modeling_shoal, read_config
 from shoal.large.memory import find_free_bytes
-from shoal.large.on_disk import hold, is_on_disk, named_weights
+from shoal.large.on_disk import in_memory, is_on_disk, named_weights
 from shoal.models.calls import record_calls
 from shoal.models.shorten import build_skeleton
 from shoal.models.structure import find_blocks, holds_own_modules, text_config
@@ -67,7 +67,7 @@ def _check_parts(folder: Path, model: PreTrainedModel) -> None:
     middle = len(blocks) // 2
     call, generator = record_calls(model, ids)[middle], torch.Generator().manual_seed(0)
     stream = torch.randn(1, NUM_TOKENS, text_config(model).hidden_size, generator=generator)
-    with hold(blocks[middle]), hold(rebuilt[middle]):
+    with in_memory(blocks[middle]), in_memory(rebuilt[middle]):
         ours, theirs = (call.run(b[middle], stream.to(model.device, model.dtype)).float() for b in (blocks, rebuilt))
     _require_alike(f"output of block {middle}", ours, theirs, model.dtype)
 

@@ -1,7 +1,7 @@
 """A model whose blocks stay on disk: each is in memory only while it is used.
 
 Transformers finds every weight in the model's own files, whatever it is called there, and the files are never copied.
-A whole forward pass works as with any model, and reads all blocks; `hold` keeps one for several calls.
+A whole forward pass works as with any model, and reads all blocks; `in_memory` keeps one for several calls.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def copy_model(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()} if is_on_disk(model) else {})
 
 
-def hold(block: nn.Module) -> AbstractContextManager:
+def in_memory(block: nn.Module) -> AbstractContextManager:
     """Inside, the block's weights are in memory."""
     return weights_on_disk(block) or nullcontext()
 

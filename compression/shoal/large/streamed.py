@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.large.memory import MAX_STREAM_BYTES
-from shoal.large.on_disk import hold, is_on_disk
+from shoal.large.on_disk import in_memory, is_on_disk
 from shoal.models.calls import embed, find_logits, record_calls
 from shoal.models.structure import find_blocks, text_config
 from shoal.text.windows import TokenWindows
@@ -20,8 +20,8 @@ from shoal.text.windows import TokenWindows
 WINDOWS_PER_BATCH = 8
 
 
-class Flow:
-    """The residual streams of all windows, at the boundary that they have reached. Of a model, one flow is run at a time.
+class StreamedPass:
+    """The residual streams of all windows, at the boundary that they have reached. One block is run at a time.
 
     `batches` are the token ids and `stream` the streams [batch, time, d] at that boundary.
     """
@@ -36,7 +36,7 @@ class Flow:
 
     def run(self, block: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Each batch's stream before and after the block, which is in memory meanwhile; to be run to the end."""
-        with hold(self.blocks[block]):
+        with in_memory(self.blocks[block]):
             for index, before in enumerate(self.stream):
                 self.stream[index] = self.calls[len(before)][block].run(self.blocks[block], before)
                 yield before, self.stream[index]
@@ -66,18 +66,18 @@ def _read_streamed(
     bytes_per_window = windows.ids.shape[1] * text_config(model).hidden_size * model.dtype.itemsize
     start = 0
     for ids in windows.ids.split(max(1, MAX_STREAM_BYTES // bytes_per_window)):
-        flow = Flow(model, ids)
-        for block in range(len(flow.blocks)):
-            for _ in flow.run(block):
+        streamed = StreamedPass(model, ids)
+        for block in range(len(streamed.blocks)):
+            for _ in streamed.run(block):
                 pass
-            on_progress(start + len(ids) * block // len(flow.blocks))
-        for batch, stream in zip(flow.batches, flow.stream, strict=True):
+            on_progress(start + len(ids) * block // len(streamed.blocks))
+        for batch, stream in zip(streamed.batches, streamed.stream, strict=True):
             for row in range(len(batch)):  # one at a time: logits are large
                 one = slice(row, row + 1)
                 yield (
                     slice(start, start + 1),
                     batch[one],
-                    find_logits(model, batch[one], stream[one], flow.calls[len(batch)]),
+                    find_logits(model, batch[one], stream[one], streamed.calls[len(batch)]),
                 )
                 start += 1
         on_progress(start)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from shoal.files import write_aside
 from shoal.large.on_disk import is_on_disk, named_weights, zeros_off_memory
-from shoal.large.streamed import Flow
+from shoal.large.streamed import StreamedPass
 from shoal.linearity.gram import Gram
 from shoal.models.structure import Stack, find_stacks, text_config
 from shoal.text.windows import TokenWindows
@@ -38,7 +38,7 @@ WINDOWS_AT_ONCE = 8
 class Moments:
     """Moments around every block l (x: stream before it, y: stream after it), and how they were made.
 
-    `norm_ratio` and `cosine` [L] are sums over ordinary tokens of ‖y−x‖/‖y‖ and cos(x, y). `similarity`
+    `norm_ratio_sum` and `cosine_sum` [L] are sums over ordinary tokens of ‖y−x‖/‖y‖ and cos(x, y). `similarity`
     [L+1, L+1] sums the cosine between any two boundaries over `num_compared` ordinary tokens. `sink_norm_ratio`
     [L+1] is the largest norm over the median norm, averaged over windows when divided by `num_windows`.
     `source` names model weights and text.
@@ -48,8 +48,8 @@ class Moments:
     sinks: Gram
     held_ordinary: Gram
     held_sinks: Gram
-    norm_ratio: Tensor
-    cosine: Tensor
+    norm_ratio_sum: Tensor
+    cosine_sum: Tensor
     similarity: Tensor
     num_compared: Tensor
     sink_norm_ratio: Tensor
@@ -68,8 +68,8 @@ class Moments:
             sinks=grams[1],
             held_ordinary=grams[2],
             held_sinks=grams[3],
-            norm_ratio=vector(num_blocks),
-            cosine=vector(num_blocks),
+            norm_ratio_sum=vector(num_blocks),
+            cosine_sum=vector(num_blocks),
             similarity=vector(boundaries, boundaries),
             num_compared=vector(1),
             sink_norm_ratio=vector(boundaries),
@@ -79,7 +79,7 @@ class Moments:
 
     @property
     def num_blocks(self) -> int:
-        return len(self.norm_ratio)
+        return len(self.norm_ratio_sum)
 
     @property
     def hidden_size(self) -> int:
@@ -182,7 +182,7 @@ def _sample_weights(model: PreTrainedModel) -> str:
 
 
 def _resume(path: Path, empty: Moments) -> Moments:
-    found = Moments.load(path, empty.norm_ratio.device)
+    found = Moments.load(path, empty.norm_ratio_sum.device)
     return found if found.source == empty.source else empty
 
 
@@ -249,14 +249,14 @@ def _measure_streamed(
     on_progress: Callable[[int], None],
 ) -> Moments:
     """The same moments with all windows going through block after block: one block, and its moments, in memory."""
-    flow, width = Flow(model, windows.ids, batch_size), text_config(model).hidden_size
-    depth, device, dtype = len(flow.blocks), model.device, flow.stream[0].dtype
+    streamed, width = StreamedPass(model, windows.ids, batch_size), text_config(model).hidden_size
+    depth, device, dtype = len(streamed.blocks), model.device, streamed.stream[0].dtype
     moments = _place_on_disk(Moments.zeros(depth, width, source, torch.device("meta")))
     # Boundaries of the first window of each batch, for the similarities.
-    first_nltd = zeros_off_memory(len(flow.batches), depth + 1, windows.ids.shape[1], width, dtype=dtype)
+    first_nltd = zeros_off_memory(len(streamed.batches), depth + 1, windows.ids.shape[1], width, dtype=dtype)
     for block in range(depth):
         own = Moments.zeros(1, width, source, device)
-        for index, (x_btd, y_btd) in enumerate(flow.run(block)):
+        for index, (x_btd, y_btd) in enumerate(streamed.run(block)):
             x, y = _Rows.of(x_btd), _Rows.of(y_btd)
             if block == 0:
                 own.sink_norm_ratio[0] += x.largest_ratio
@@ -267,7 +267,7 @@ def _measure_streamed(
         for name, gram in own.grams.items():
             for f in fields(gram):
                 getattr(getattr(moments, name), f.name)[block] = getattr(gram, f.name)[0]
-        moments.norm_ratio[block], moments.cosine[block] = own.norm_ratio[0], own.cosine[0]
+        moments.norm_ratio_sum[block], moments.cosine_sum[block] = own.norm_ratio_sum[0], own.cosine_sum[0]
         moments.sink_norm_ratio[block : block + 2] += own.sink_norm_ratio.to(moments.sink_norm_ratio)
         on_progress(len(windows) * (block + 1) // depth)
     for first_ltd in first_nltd:
@@ -308,5 +308,5 @@ def _add_row_statistics(
     (x_nd, x_norm_n), (y_nd, y_norm_n) = x, y
     dot_n = (x_nd * y_nd).sum(1, dtype=torch.float32)
     update_n = (x_norm_n.square() + y_norm_n.square() - 2 * dot_n).clamp(min=0).sqrt()
-    moments.norm_ratio[pair] += (update_n / y_norm_n.clamp(min=1e-12))[keep_n].sum()
-    moments.cosine[pair] += (dot_n / (x_norm_n * y_norm_n).clamp(min=1e-12))[keep_n].sum()
+    moments.norm_ratio_sum[pair] += (update_n / y_norm_n.clamp(min=1e-12))[keep_n].sum()
+    moments.cosine_sum[pair] += (dot_n / (x_norm_n * y_norm_n).clamp(min=1e-12))[keep_n].sum()

@@ -166,8 +166,8 @@ def _score_block(moments: Moments, block: int, num_tokens: float, jump: float, d
         held_out_without_residual=held_out_without,
         noise_floor=min(1.0, moments.hidden_size / (float(everything.num_tokens[0]) - 1)),
         identity=float(1 - (yy - 2 * xy.trace() + xx.trace()) / yy),
-        norm_ratio=float(moments.norm_ratio[block]) / num_tokens,
-        cosine=float(moments.cosine[block]) / num_tokens,
+        norm_ratio=float(moments.norm_ratio_sum[block]) / num_tokens,
+        cosine=float(moments.cosine_sum[block]) / num_tokens,
         sink_jump=jump,
     )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from shoal.large.on_disk import hold
+from shoal.large.on_disk import in_memory
 from shoal.models.calls import Call
 
 
@@ -26,7 +26,7 @@ def find_gain(block: nn.Module, projection: nn.Linear | Conv1D, call: Call, stre
         num_calls += 1
         return output + noise.view_as(output) if output.numel() == noise.numel() else None
 
-    with hold(block):
+    with in_memory(block):
         before = call.run(block, stream)
         # Four times as long as the token's stream: then rounding of the stream hides little of it.
         noise *= 4 * before.float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-3).to(noise)

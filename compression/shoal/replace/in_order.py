@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shoal.large.on_disk import hold, keep_off_memory, weights_on_disk
+from shoal.large.on_disk import in_memory, keep_off_memory, weights_on_disk
 from shoal.linearity.gram import Gram
 from shoal.linearity.moments import find_sinks, measure_norms
 from shoal.models.calls import Call, embed, record_calls
@@ -82,7 +82,7 @@ def fit_in_order(
                 stop = runs[stop].stop
             kept = changed.get(block, decoder[block])
             shared = student is teacher and block not in changed
-            with hold(decoder[block]), hold(kept):
+            with in_memory(decoder[block]), in_memory(kept):
                 aim = advance(decoder, calls, range(block, stop), teacher)
                 wanted = stop > block + 1 or (refit_down_proj and not shared)
                 found = _find_refittable(kept, calls[block], student[0]) if wanted else None
@@ -106,7 +106,7 @@ def split_evenly(windows: TokenWindows, device: torch.device) -> list[Tensor]:
 
 def advance(decoder: nn.ModuleList, calls: list[Call], blocks: range, stream: Stream) -> Stream:
     for block in blocks:
-        with hold(decoder[block]):
+        with in_memory(decoder[block]):
             stream = [calls[block].run(decoder[block], batch) for batch in stream]
     return stream
 

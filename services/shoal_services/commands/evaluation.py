@@ -66,9 +66,9 @@ def evaluate(
     from shoal.measure.beside import evaluate_beside
     from shoal.paper.skills import evaluate_skills
 
+    from shoal_services.commands.terminal import show_progress
     from shoal_services.console import show
-    from shoal_services.tables import evaluation_table
-    from shoal_services.terminal import show_progress
+    from shoal_services.pages.tables import evaluation_table
 
     if skills:
         with show_progress() as listen:
@@ -86,7 +86,7 @@ def evaluate(
 
 def _tell_scores(model: str, scores: Sequence[TaskScore], as_json: bool) -> None:
     from shoal_services.console import show
-    from shoal_services.tables import task_table
+    from shoal_services.pages.tables import task_table
 
     if as_json:
         print(json.dumps([score.model_dump() | {"difference": score.difference} for score in scores], indent=2))

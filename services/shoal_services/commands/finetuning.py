@@ -103,9 +103,9 @@ def finetune(
             "texts": make_texts(text, text, calibration_tokens=calibration_tokens, window=window),
         }
     )  # fmt: skip
+    from shoal_services.commands.terminal import follow_trials, tell_delivery, tell_runs
     from shoal_services.console import say, show
     from shoal_services.finetuning.sweep import run_finetuning
-    from shoal_services.terminal import follow_trials, tell_delivery, tell_runs
 
     with follow_trials(config.folder / "trials") as display:
         outcome = run_finetuning(config, display, num_cpus=num_cpus)

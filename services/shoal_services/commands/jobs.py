@@ -14,7 +14,7 @@ import typer
 from shoal_services.commands.options import AsJson
 
 if TYPE_CHECKING:
-    from shoal_services.jobs import Job
+    from shoal_services.cluster.jobs import Job
 
 Address = Annotated[
     str,
@@ -48,14 +48,14 @@ def submit(
 
         shoal submit my.yaml --address http://head:8265 --detach
     """
-    from shoal_services.config import load_config
+    from shoal_services.search.config import load_config
 
     loaded = load_config(config).run_with(storage=storage, tracking_uri=tracking_uri)
 
+    from shoal_services.cluster.jobs import connect_jobs
     from shoal_services.console import say
-    from shoal_services.jobs import connect_jobs
-    from shoal_services.portable import require_portable
-    from shoal_services.submit import submit_search
+    from shoal_services.search.portable import require_portable
+    from shoal_services.search.submit import submit_search
 
     require_portable(loaded, config.read_text(encoding="utf-8"))
     client = connect_jobs(address)
@@ -76,7 +76,7 @@ def jobs(address: Address = LOCAL_DASHBOARD, as_json: AsJson = False) -> None:
 
         shoal jobs --json
     """
-    from shoal_services.jobs import connect_jobs, list_jobs
+    from shoal_services.cluster.jobs import connect_jobs, list_jobs
 
     found = list_jobs(connect_jobs(address))
     if as_json:
@@ -98,7 +98,7 @@ def logs(
 
         shoal logs demo-1a2b3c4d-1 --follow
     """
-    from shoal_services.jobs import connect_jobs, find_job
+    from shoal_services.cluster.jobs import connect_jobs, find_job
 
     client = connect_jobs(address)
     found = find_job(client, job)
@@ -117,8 +117,8 @@ def stop(job: JobName, address: Address = LOCAL_DASHBOARD) -> None:
 
         shoal stop demo-1a2b3c4d-1
     """
+    from shoal_services.cluster.jobs import connect_jobs, find_job, stop_job
     from shoal_services.console import say
-    from shoal_services.jobs import connect_jobs, find_job, stop_job
 
     client = connect_jobs(address)
     found = find_job(client, job)
@@ -130,8 +130,8 @@ def stop(job: JobName, address: Address = LOCAL_DASHBOARD) -> None:
 
 def _follow(client, job_id: str, address: str) -> None:
     """The log to standard output, and the job's outcome as exit code."""
+    from shoal_services.cluster.jobs import INTERRUPTED, follow_log
     from shoal_services.console import say
-    from shoal_services.jobs import INTERRUPTED, follow_log
 
     def write(text: str) -> None:
         sys.stdout.write(text)

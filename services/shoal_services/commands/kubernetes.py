@@ -44,8 +44,8 @@ def render(
 
         shoal k8s render tune_configs/llama-3.1-70b.yaml --workers-per-pod 8 --memory 512Gi --scratch 600Gi
     """
-    from shoal_services.config import load_config
     from shoal_services.k8s.render import Place, render_search, write_yaml
+    from shoal_services.search.config import load_config
 
     place = Place(namespace, image, claim, tracking_uri, queue or None, memory, scratch, workers_per_pod)
     print(write_yaml(render_search(load_config(config), config.read_text(encoding="utf-8"), place)), end="")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from shoal_services.doctor import Check
+    from shoal_services.cluster.doctor import Check
 
 
 def doctor(
@@ -32,8 +32,8 @@ def doctor(
 
         shoal doctor --address auto --storage /mnt/shared --tracking-uri http://mlflow:5000
     """
+    from shoal_services.cluster.doctor import examine
     from shoal_services.console import show
-    from shoal_services.doctor import examine
 
     checks = examine(storage=storage, tracking_uri=tracking_uri, address=address)
     if as_json:

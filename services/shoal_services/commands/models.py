@@ -87,10 +87,10 @@ def profile(
     """
     from shoal.linearity.profile import profile_model
 
+    from shoal_services.commands.terminal import show_progress
     from shoal_services.console import name_of, say, show
-    from shoal_services.linearity_page import is_one_model, write_comparison_page, write_linearity_page
-    from shoal_services.tables import comparison_table, linearity_table, scale_table
-    from shoal_services.terminal import show_progress
+    from shoal_services.pages.linearity_page import is_one_model, write_comparison_page, write_linearity_page
+    from shoal_services.pages.tables import comparison_table, linearity_table, scale_table
 
     if len(models) > 1 and revision:
         raise ValueError("--revision chooses among the revisions of one model; name one model, or none of its revisions")
@@ -181,9 +181,9 @@ def compress(
     from shoal.models.structure import is_causal
     from shoal.recipe import Distillation, Recipe
 
+    from shoal_services.commands.terminal import show_progress
     from shoal_services.console import name_of, say, show
-    from shoal_services.tables import point_table
-    from shoal_services.terminal import show_progress
+    from shoal_services.pages.tables import point_table
 
     listed = _parse_blocks(blocks)
     if (num_replaced is None) == (listed is None):
@@ -225,9 +225,9 @@ def compress(
 def _compress_encoder(recipe: Recipe, folder: Path, texts: Texts, as_json: bool) -> None:
     from shoal.encoders import compress_encoder
 
+    from shoal_services.commands.terminal import show_progress
     from shoal_services.console import say, show
-    from shoal_services.tables import cost_table
-    from shoal_services.terminal import show_progress
+    from shoal_services.pages.tables import cost_table
 
     with show_progress() as listen:
         point = compress_encoder(recipe, folder, texts=texts, listen=listen)

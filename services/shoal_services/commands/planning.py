@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rich.table import Table
-    from shoal.cost import Shape
+    from shoal.cost import ModelShape
 
-    from shoal_services.plan import Plan
+    from shoal_services.search.plan import Plan
 
 
 def plan(
@@ -43,9 +43,9 @@ def plan(
     """
     from shoal.cost import HARDWARE
 
-    from shoal_services.config import load_config
     from shoal_services.console import show
-    from shoal_services.plan import plan_search, read_shape
+    from shoal_services.search.config import load_config
+    from shoal_services.search.plan import plan_search, read_shape
 
     if gpu not in HARDWARE:
         raise ValueError(f"--gpu {gpu!r} is not known; choose one of {', '.join(HARDWARE)}")
@@ -62,13 +62,13 @@ def plan(
     show(plan_table(search.name, name, gpu, shape, plans))
 
 
-def plan_table(search: str, model: str, gpu: str, shape: Shape, plans: Sequence[Plan]) -> Table:
+def plan_table(search: str, model: str, gpu: str, shape: ModelShape, plans: Sequence[Plan]) -> Table:
     """What a search would take, a column for each number of accelerators."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from shoal.cost import FORMULA_ERROR, HARDWARE
 
-    from shoal_services.phases import STORAGE_BYTES_PER_S
+    from shoal_services.search.phases import STORAGE_BYTES_PER_S
 
     lowest, likely, highest = HARDWARE[gpu].efficiency
     reading = f", and a worker reads {STORAGE_BYTES_PER_S / 1e9:g} GB/s from storage" if plans[0].streamed else ""

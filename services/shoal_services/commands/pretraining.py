@@ -41,8 +41,8 @@ def pretrain(
     run = loaded.run.given(address=address, storage=storage, tracking_uri=tracking_uri)
     loaded = loaded.model_copy(update={"run": run})
 
+    from shoal_services.commands.terminal import follow_trials
     from shoal_services.pretraining.sweep import run_pretraining
-    from shoal_services.terminal import follow_trials
 
     with follow_trials(loaded.folder / "trials") as display:
         outcome = run_pretraining(loaded, display, num_cpus=num_cpus)
@@ -50,8 +50,8 @@ def pretrain(
 
 
 def _print_outcome(name: str, outcome, as_json: bool) -> None:
+    from shoal_services.commands.terminal import tell_delivery, tell_runs
     from shoal_services.console import quote, say, show
-    from shoal_services.terminal import tell_delivery, tell_runs
 
     finished = [result for result in outcome.results if result.status == "finished"]
     if as_json:

@@ -42,7 +42,7 @@ def promote(
 
         shoal promote models:/smollm2-135m/3 smollm2-135m@live --tracking-uri http://mlflow:5000   # back to version 3
     """
-    from shoal_services import promote as story
+    from shoal_services.tracking import promote as story
 
     uri = tracking_uri or _find_database(source)
     done = story.promote(source, target, uri)
@@ -66,7 +66,7 @@ def _find_database(source: str) -> str:
 
 
 def _describe(version: ModelVersion | None) -> str:
-    from shoal_services.registry import BASE_TAG, HASH_TAG, PLACE_TAG
+    from shoal_services.tracking.registry import BASE_TAG, HASH_TAG, PLACE_TAG
 
     if version is None:
         return "nothing"

@@ -52,8 +52,8 @@ def probe(
     """
     from shoal.paper.probe import load_labelled, probe_model
 
+    from shoal_services.commands.terminal import show_progress
     from shoal_services.console import show
-    from shoal_services.terminal import show_progress
 
     labelled = load_labelled(data)
     labelled.require(folds)
@@ -98,9 +98,9 @@ def judge(
 
         shoal judge ./my-model --dense ./my-dense --url http://127.0.0.1:8000/v1 --judge large --beginnings begin.txt
     """
+    from shoal_services.commands.terminal import show_progress
     from shoal_services.console import name_of, say, show
     from shoal_services.judge import Judge, Writing, read_beginnings, run_judge
-    from shoal_services.terminal import show_progress
 
     writing = Writing(
         model=model, dense=dense, beginnings=read_beginnings(beginnings), num_samples=samples, num_new=num_new,
@@ -137,8 +137,8 @@ def splice(
     """
     from shoal.paper.splice import find_worth
 
+    from shoal_services.commands.terminal import show_progress
     from shoal_services.console import show
-    from shoal_services.terminal import show_progress
 
     texts = make_texts(
         text, evaluation_text, calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens, window=window

@@ -31,12 +31,12 @@ def search(
 
         shoal search my.yaml --address auto --storage /mnt/shared --tracking-uri http://mlflow:5000
     """
-    from shoal_services.config import load_config
+    from shoal_services.search.config import load_config
 
     loaded = load_config(config).run_with(address=address, storage=storage, tracking_uri=tracking_uri)
 
-    from shoal_services.search import run_search
-    from shoal_services.terminal import follow_trials
+    from shoal_services.commands.terminal import follow_trials
+    from shoal_services.search.run import run_search
 
     with follow_trials(loaded.folder / "trials") as display:
         outcome = run_search(loaded, display, num_cpus=num_cpus)
@@ -44,10 +44,10 @@ def search(
 
 
 def _print_outcome(name: str, outcome, as_json: bool) -> None:
+    from shoal_services.commands.terminal import tell_delivery, tell_runs
     from shoal_services.console import quote, say, show
-    from shoal_services.search import describe_frontier
-    from shoal_services.tables import frontier_table
-    from shoal_services.terminal import tell_delivery, tell_runs
+    from shoal_services.pages.tables import frontier_table
+    from shoal_services.search.run import describe_frontier
 
     if as_json:
         print(json.dumps(describe_frontier(outcome.frontier), indent=2))
@@ -87,8 +87,8 @@ def frontier(
     from shoal.frontier import find_best_within, find_frontier
 
     from shoal_services.console import say, show
-    from shoal_services.folder import RunFolder
-    from shoal_services.tables import frontier_table
+    from shoal_services.pages.tables import frontier_table
+    from shoal_services.search.folder import RunFolder
 
     run = RunFolder(folder.resolve())
     if not (folder / "config.json").is_file():

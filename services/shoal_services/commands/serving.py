@@ -48,7 +48,7 @@ def serve(
 
     read_settings()  # what is wrong is said before Ray and torch are loaded
 
-    from shoal_services.serving.run import run_endpoint
+    from shoal_services.commands.endpoint import run_endpoint
 
     run_endpoint(read_settings)
 
@@ -80,9 +80,9 @@ def bench_serve(
 
         shoal bench-serve my-model --url http://vllm:8000/v1 --json
     """
+    from shoal_services.commands.terminal import show_progress
     from shoal_services.console import show
     from shoal_services.serving.bench import Bench, load_table, run_bench
-    from shoal_services.terminal import show_progress
 
     loads = tuple(concurrency), tuple(rate), num_requests
     bench = Bench(url, tuple(models), *loads, num_new, prompt_chars, text, key, ignore_eos)
@@ -108,9 +108,9 @@ def add_key(
 
         shoal keys add alice --requests-per-minute 600
     """
-    from shoal_services.serving import guard
+    from shoal_services.serving.http import keys
 
-    print(guard.add_key(file, name, requests_per_minute))
+    print(keys.add_key(file, name, requests_per_minute))
 
 
 @keys.command("revoke")
@@ -121,9 +121,9 @@ def revoke_key(name: Annotated[str, typer.Argument(help="Whose key.")], file: Ke
 
         shoal keys revoke alice
     """
-    from shoal_services.serving import guard
+    from shoal_services.serving.http import keys
 
-    guard.revoke_key(file, name)
+    keys.revoke_key(file, name)
 
 
 @keys.command("list")
@@ -134,7 +134,7 @@ def list_keys(file: KeyFile = Path("keys.json")) -> None:
 
         shoal keys list
     """
-    from shoal_services.serving.guard import read_keys
+    from shoal_services.serving.http.keys import read_keys
 
     for key in read_keys(file):
         print(key.name, f"{key.requests_per_minute} requests a minute" if key.requests_per_minute else "no limit", sep="\t")

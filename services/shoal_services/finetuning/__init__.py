@@ -1,1 +1,4 @@
-"""Fine-tuning on classes or preferences over several seeds, and what it does to the linearity of the blocks."""
+"""Fine-tuning on classes or preferences over several seeds, and what it does to the linearity of the blocks.
+
+Begin with `sweep`. May import what `search` may.
+"""

@@ -11,7 +11,7 @@ from shoal.paper.finetune import Examples, Finetuning
 from shoal.recipe import Texts, Value
 from shoal.text.labelled import load_labelled, load_preferences
 
-from shoal_services.config import Workers, resolve
+from shoal_services.training.workers import Workers, resolve
 
 
 class FinetuneConfig(Value):

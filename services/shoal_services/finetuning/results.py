@@ -16,9 +16,9 @@ from shoal.linearity.profile import Profile
 from shoal.linearity.scores import BlockLinearity
 from shoal.recipe import Text
 
-from shoal_services.estimate import Estimate
 from shoal_services.finetuning.config import FinetuneConfig
-from shoal_services.folder import TrialEnd, TrialFolder
+from shoal_services.training.estimate import Estimate
+from shoal_services.training.folder import TrialEnd, TrialFolder
 
 MEASURES = ("score", "score_without_residual", "held_out", "held_out_without_residual")
 

@@ -11,17 +11,16 @@ import ray
 import ray.tune
 from shoal.files import write_text
 
-from shoal_services.cluster import connect
-from shoal_services.events import TrialEvents
+from shoal_services.cluster.connect import connect
+from shoal_services.cluster.preflight import clear_cluster
 from shoal_services.finetuning.config import FinetuneConfig
 from shoal_services.finetuning.results import MEASURES, Finetuned, FinetuneFolder, FinetuneResult, mean_over_blocks
-from shoal_services.finetuning.worker import finetune_worker
-from shoal_services.linearity_page import write_comparison_page
-from shoal_services.lock import hold
-from shoal_services.preflight import clear_cluster
-from shoal_services.space import read_assignment
-from shoal_services.tracking import Delivery, Tracker
-from shoal_services.tuning import Audience, run_missing, run_workers
+from shoal_services.pages.linearity_page import write_comparison_page
+from shoal_services.tracking.tracker import Delivery, Tracker
+from shoal_services.training.lock import lock_folder
+from shoal_services.training.train import run_workers
+from shoal_services.training.trial_events import TrialEvents, read_assignment
+from shoal_services.training.tune import Audience, run_missing
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def run_finetuning(config: FinetuneConfig, audience: Audience, *, num_cpus: int 
         connect(config.run.address, num_cpus=num_cpus)
         inputs = (resolved.model, resolved.data, *resolved.texts.train)
         concurrent = clear_cluster(config.run, folder.root, audience.remark, inputs)
-        with hold(folder.root):
+        with lock_folder(folder.root):
             folder.claim(config.name, config.science, extensible="seeds")
             audience("start Ray", 1, 1)
             return _finetune(resolved, folder, concurrent, audience)
@@ -73,7 +72,7 @@ def _finetune(config: FinetuneConfig, folder: FinetuneFolder, concurrent: int, a
     tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")
     events = FinetuneEvents(config, folder, tracker, on_end=lambda _: _count(config, folder, audience))
     with events.running():
-        run_missing(run_trial, config, concurrent, events, audience)
+        run_missing(drive_seed, config, concurrent, events, audience)
         events.record_missed()
         finetuned = _conclude(config, folder, tracker, events.parent)
     return FinetuneOutcome(folder.root, finetuned, folder.read_results(), tracker.uri, tracker.delivery)
@@ -83,12 +82,12 @@ def _count(config: FinetuneConfig, folder: FinetuneFolder, audience: Audience) -
     audience("trials", len(folder.read_results()), len(config.seeds))
 
 
-def run_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
+def drive_seed(config: dict[str, Any], job: dict[str, Any]) -> None:
     """One Tune trial: a cheap driver of a Ray Train job."""
     sweep, folder = FinetuneConfig.model_validate(job["config"]), FinetuneFolder(Path(job["root"]))
     assignment = read_assignment(config)
     key = sweep.trial_key(assignment)
-    result = run_workers(finetune_worker, job, sweep.run, folder, key, assignment)
+    result = run_workers("shoal_services.finetuning.trial:finetune_run", job, sweep.run, folder, key, assignment)
     if result.status == "finished":
         ray.tune.report({"accuracy": result.accuracy, "key": key})
 

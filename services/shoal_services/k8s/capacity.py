@@ -70,7 +70,7 @@ def _find_supply(manifest: Manifest) -> dict[str, tuple[float, float]]:
 
 def _check_search(manifest: Manifest, manifests: list[Manifest]) -> Iterator[str]:
     """The workers of one trial at least fit the workers of the cluster."""
-    from shoal_services.config import SearchConfig
+    from shoal_services.search.config import SearchConfig
 
     words = shlex.split(manifest["spec"].get("entrypoint", ""))
     if words[:2] != ["shoal", "search"] or len(words) < 3:
@@ -113,7 +113,11 @@ def _check_variants(manifest: Manifest, application: dict[str, Any]) -> Iterator
     replicas = {name: (v.cpus_per_replica, v.gpus_per_replica, v.max_replicas) for name, v in settings.variants.items()}
     replicas = {name: needs for name, needs in replicas.items() if not settings.variants[name].shared}
     if any(variant.shared for variant in settings.variants.values()):
-        replicas["shelf"] = settings.shelf.cpus_per_replica, settings.shelf.gpus_per_replica, settings.shelf.replicas
+        replicas["model_cache"] = (
+            settings.model_cache.cpus_per_replica,
+            settings.model_cache.gpus_per_replica,
+            settings.model_cache.replicas,
+        )
     for name, (cpus, gpus, count) in replicas.items():
         if not cpus and not gpus:
             yield f"{name} reserves neither CPUs nor GPUs: it could be put onto the head; set cpus_per_replica"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from shoal_services.k8s.manifests import Manifest, Pod, Problem, iter_clusters, iter_pods, name_of
-from shoal_services.portable import find_secrets
+from shoal_services.search.portable import find_secrets
 
 SECRET_NAME = re.compile(r"(PASSWORD|TOKEN|SECRET|CREDENTIAL|API_?KEY)", re.IGNORECASE)
 HOST_ACCESS = ("hostNetwork", "hostPID", "hostIPC")

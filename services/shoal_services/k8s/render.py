@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from shoal_services.config import Run, SearchConfig
 from shoal_services.k8s.manifests import Manifest
-from shoal_services.portable import refuse_secrets, require_mounted, require_reachable
+from shoal_services.search.config import Run, SearchConfig
+from shoal_services.search.portable import refuse_secrets, require_mounted, require_reachable
 
 MOUNT = "/mnt/shoal"
 CONFIG_FOLDER = "/etc/shoal/search"

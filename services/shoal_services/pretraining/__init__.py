@@ -1,1 +1,4 @@
-"""Pretraining with regularisers: a sweep over kind, weight λ and seed, its results and its page."""
+"""Pretraining with regularisers: a sweep over kind, weight λ and seed, its results and its page.
+
+Begin with `sweep`. May import what `search` may.
+"""

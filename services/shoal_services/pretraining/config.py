@@ -18,7 +18,7 @@ from shoal.paper.pretrain_recipe import (
 from shoal.recipe import Value
 
 from shoal_services.complaints import read_strict
-from shoal_services.config import Workers, resolve
+from shoal_services.training.workers import Workers, resolve
 
 
 class Sweep(Value):

@@ -11,7 +11,8 @@ from plotly.colors import qualitative
 from shoal.files import write_text
 from shoal.paper.pretrain_recipe import Regularizer
 
-from shoal_services.linearity_page import LAYOUT
+from shoal_services.pages.linearity_page import LAYOUT
+from shoal_services.pages.page import draw, make_page, make_table
 from shoal_services.pretraining.results import (
     Estimate,
     PretrainResult,
@@ -20,7 +21,6 @@ from shoal_services.pretraining.results import (
     estimate,
     group_runs,
 )
-from shoal_services.report import draw, make_page, make_table
 
 Groups = dict[Regularizer, list[PretrainResult]]
 TITLES = {

@@ -16,9 +16,9 @@ from shoal.files import write_text
 from shoal.paper.pretrain_recipe import PretrainRecipe, Regularizer
 from shoal.recipe import Text
 
-from shoal_services.estimate import Estimate
-from shoal_services.folder import TrialEnd, TrialFolder
 from shoal_services.pretraining.config import PretrainConfig
+from shoal_services.training.estimate import Estimate
+from shoal_services.training.folder import TrialEnd, TrialFolder
 
 
 class PretrainResult(TrialEnd):

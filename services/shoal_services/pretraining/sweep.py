@@ -10,17 +10,16 @@ import ray
 import ray.tune
 from shoal.paper.pretrain_corpus import load_pretrain_corpus
 
-from shoal_services.cluster import connect
-from shoal_services.events import TrialEvents
-from shoal_services.lock import hold
-from shoal_services.preflight import clear_cluster
+from shoal_services.cluster.connect import connect
+from shoal_services.cluster.preflight import clear_cluster
 from shoal_services.pretraining.config import PretrainConfig
 from shoal_services.pretraining.page import write_pretraining_page
 from shoal_services.pretraining.results import FIELDS, SCORES, PretrainFolder, PretrainResult, summarise, write_results
-from shoal_services.pretraining.worker import pretrain_worker
-from shoal_services.space import read_assignment
-from shoal_services.tracking import Delivery, Tracker
-from shoal_services.tuning import Audience, run_missing, run_workers
+from shoal_services.tracking.tracker import Delivery, Tracker
+from shoal_services.training.lock import lock_folder
+from shoal_services.training.train import run_workers
+from shoal_services.training.trial_events import TrialEvents, read_assignment
+from shoal_services.training.tune import Audience, run_missing
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def run_pretraining(config: PretrainConfig, audience: PretrainAudience, *, num_c
 def sweep(config: PretrainConfig, folder: PretrainFolder, audience: PretrainAudience) -> PretrainOutcome:
     """The same on the cluster that this process is connected to."""
     concurrent = clear_cluster(config.run, folder.root, audience.remark)
-    with hold(folder.root):
+    with lock_folder(folder.root):
         return _sweep(config, folder, concurrent, audience)
 
 
@@ -83,7 +82,7 @@ def _sweep(config: PretrainConfig, folder: PretrainFolder, concurrent: int, audi
     tracker = Tracker(folder.root, uri=config.run.tracking_uri, experiment=f"shoal-{config.name}")
     events = PretrainEvents(config, folder, tracker, on_end=lambda result: _after_run(config, folder, result, audience))
     with events.running():
-        run_missing(run_trial, config, concurrent, events, audience)
+        run_missing(drive_run, config, concurrent, events, audience)
         events.record_missed()
         results = write_page(config, folder)
         _publish(events.parent, folder, results, tracker)
@@ -109,12 +108,12 @@ def _write_corpus(payload: dict[str, Any], prepared: Path) -> None:
     corpus.save(prepared / "corpus.safetensors")
 
 
-def run_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
+def drive_run(config: dict[str, Any], job: dict[str, Any]) -> None:
     """One Tune trial: a cheap driver of a Ray Train job."""
     sweep, folder = PretrainConfig.model_validate(job["config"]), PretrainFolder(Path(job["root"]))
     assignment = read_assignment(config)
     key = sweep.trial_key(assignment)
-    result = run_workers(pretrain_worker, job, sweep.run, folder, key, assignment)
+    result = run_workers("shoal_services.pretraining.trial:pretrain_run", job, sweep.run, folder, key, assignment)
     if result.status == "finished":
         ray.tune.report({"validation_perplexity": result.checks[-1]["validation_perplexity"], "key": key})
 

@@ -22,11 +22,11 @@ from shoal.recipe import fingerprint
 
 from shoal_services.complaints import explain_validation
 from shoal_services.serving.deploy import Fleet
-from shoal_services.serving.door import Door
-from shoal_services.serving.gateway import Gateway
-from shoal_services.serving.listener import find_grace_s
+from shoal_services.serving.http.door import Door
+from shoal_services.serving.http.gateway import Gateway
+from shoal_services.serving.http.server import find_grace_s
+from shoal_services.serving.http.web import make_app
 from shoal_services.serving.settings import ServeSettings
-from shoal_services.serving.web import make_app
 
 # Settings of `shoal serve` that have no meaning here: Serve's proxies listen, on the cluster that runs the application.
 NOT_HERE = ("host", "port", "address")

@@ -8,9 +8,9 @@ from typing import Any, cast
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
-from shoal_services.serving.listener import find_grace_s
+from shoal_services.serving.http.server import find_grace_s
+from shoal_services.serving.replica.variant import Variant
 from shoal_services.serving.settings import ServeSettings
-from shoal_services.serving.variant import Variant
 
 VARIANT = "variant"
 # Calls on their way to being refused by a replica.

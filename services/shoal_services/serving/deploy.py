@@ -18,8 +18,7 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 from shoal.recipe import fingerprint
 
-from shoal_services.cluster import connect
-from shoal_services.registry import REGISTRY, find_registered
+from shoal_services.cluster.connect import connect
 from shoal_services.serving.application import (
     REFUSED_AT_ONCE,
     VARIANT,
@@ -28,14 +27,15 @@ from shoal_services.serving.application import (
     make_application,
     make_safe,
 )
-from shoal_services.serving.guard import require_keys
-from shoal_services.serving.listener import Listener, find_grace_s, require_free_port
+from shoal_services.serving.http.keys import require_keys
+from shoal_services.serving.http.server import GatewayServer, find_grace_s, require_free_port
 from shoal_services.serving.observer import Observer
+from shoal_services.serving.replica.model_cache import make_model_cache
 from shoal_services.serving.settings import ServeSettings
-from shoal_services.serving.shelf import make_shelf
 from shoal_services.serving.sources import find_version
+from shoal_services.tracking.registry import REGISTRY, find_registered
 
-GATEWAY, OBSERVER, SHELF = "gateway", "observer", "shelf"
+GATEWAY, OBSERVER, MODEL_CACHE = "gateway", "observer", "model_cache"
 CHECK_S = 120
 # Until Serve's controller has noticed that a replica has ended.
 STOP_S = 5
@@ -43,11 +43,11 @@ CODE_VERSION = "1"
 
 
 class Served(NamedTuple):
-    """The application (or model id on the shelf) that answers for a variant, and where its weights came from."""
+    """The application (or model id on the model cache) that answers for a variant, and where its weights came from."""
 
     app: str
     place: str
-    shelf: str | None = None
+    model_cache: str | None = None
 
 
 class Fleet:
@@ -103,11 +103,11 @@ class Fleet:
         """Makes sure that variant `name` is served from `place`; False if it was already."""
         variant = self.settings.variants[name]
         version = find_version(place, name, variant.model_dump(), self.settings.limits.model_dump())
-        served = Served(f"{make_safe(name)}-{version}", place, SHELF if variant.shared else None)
+        served = Served(f"{make_safe(name)}-{version}", place, MODEL_CACHE if variant.shared else None)
         if self.served.get(name) == served or served.app in self._broken:
             return False
         if variant.shared:
-            self._put_on_shelf(served.app, {"name": name, "place": place, "variant": variant.model_dump()})
+            self._put_into_cache(served.app, {"name": name, "place": place, "variant": variant.model_dump()})
         elif not is_running(served.app):
             try:
                 serve.run(make_application(name, place, self.settings), name=served.app, route_prefix=None)
@@ -119,23 +119,23 @@ class Fleet:
         self.served[name] = served
         return True
 
-    def _put_on_shelf(self, model_id: str, model: dict[str, Any]) -> None:
-        """Lets the shelf know of a model. Those before it stay: requests, and the way back, may ask for them."""
+    def _put_into_cache(self, model_id: str, model: dict[str, Any]) -> None:
+        """Lets the model cache know of a model. Those before it stay: requests, and the way back, may ask for them."""
         if model_id in self._shelved:
             return
         self._shelved[model_id] = model
-        settings, limits = self.settings.shelf, self.settings.limits
-        deployment = cast(serve.Deployment, serve.deployment(make_shelf(settings.max_loaded))).options(
+        settings, limits = self.settings.model_cache, self.settings.limits
+        deployment = cast(serve.Deployment, serve.deployment(make_model_cache(settings.max_loaded))).options(
             _internal=True, version=fingerprint([CODE_VERSION, settings.model_dump(), limits.model_dump()]),
-            name=SHELF, num_replicas=settings.replicas, user_config=self._shelved,
+            name=MODEL_CACHE, num_replicas=settings.replicas, user_config=self._shelved,
             max_ongoing_requests=settings.max_loaded * (limits.max_batch_size + limits.max_queued) + REFUSED_AT_ONCE,
             max_queued_requests=max(1, limits.max_queued), health_check_period_s=1,
             graceful_shutdown_timeout_s=find_grace_s(limits),
             ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
         )  # fmt: skip
-        serve.run(deployment.bind(limits.model_dump()), name=SHELF, route_prefix=None)
+        serve.run(deployment.bind(limits.model_dump()), name=MODEL_CACHE, route_prefix=None)
         try:
-            serve.get_app_handle(SHELF).check.remote(model_id).result(timeout_s=CHECK_S)
+            serve.get_app_handle(MODEL_CACHE).check.remote(model_id).result(timeout_s=CHECK_S)
         except ValueError as error:
             self._broken.add(model_id)
             del self._shelved[model_id]
@@ -175,7 +175,7 @@ class Fleet:
         variants = {
             name: {
                 "app": one.app,
-                "shelf": one.shelf,
+                "model_cache": one.model_cache,
                 "sleeps": settings.variants[name].min_replicas == 0,
                 **settings.variants[name].model_dump(include={"perplexity", "num_parameters"}),
             }
@@ -254,7 +254,7 @@ class Endpoint(Fleet):
         """Deploys the gateway, or tells it what changed: with an equal version Serve only calls `reconfigure`."""
         if config == self._told:
             return
-        deployment = cast(serve.Deployment, serve.deployment(Listener)).options(
+        deployment = cast(serve.Deployment, serve.deployment(GatewayServer)).options(
             # Without a version of ours, Serve makes one up and starts new replicas at every call.
             _internal=True, version=CODE_VERSION, name=GATEWAY, num_replicas=self.settings.gateways, user_config=config,
             ray_actor_options=self._here(), health_check_period_s=1,
@@ -269,7 +269,7 @@ class Endpoint(Fleet):
         The gateway goes first, which waits for its answers; `serve.shutdown` alone would wait for half a minute at most.
         """
         is_local = self._started_ray and self.settings.address is None
-        others = {OBSERVER, SHELF, *(served.app for served in self.served.values()), *self._idle_since}
+        others = {OBSERVER, MODEL_CACHE, *(served.app for served in self.served.values()), *self._idle_since}
         with contextlib.suppress(KeyboardInterrupt):  # a second one: at once
             if ray.is_initialized():
                 self._end_applications({GATEWAY})

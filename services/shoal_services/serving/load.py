@@ -32,7 +32,7 @@ class Load:
 
 
 @dataclass
-class Answer:
+class TimedAnswer:
     """One request's course, in seconds since it was sent. `status` 0 means the connection broke."""
 
     status: int = 0
@@ -49,7 +49,7 @@ class LoadResult:
 
     model: str
     wall_s: float
-    answers: list[Answer]
+    answers: list[TimedAnswer]
 
     @property
     def num_failed(self) -> int:
@@ -77,7 +77,7 @@ class LoadResult:
 async def run_load(load: Load, on_progress: Callable[[int, int], None] = lambda _done, _total: None) -> LoadResult:
     """Sends the load and waits for all answers."""
     done = 0
-    answers: list[Answer] = []
+    answers: list[TimedAnswer] = []
     connector = aiohttp.TCPConnector(limit=0)
     headers = {"authorization": f"Bearer {load.key}"} if load.key else {}
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
@@ -109,12 +109,12 @@ def _arrivals(load: Load) -> list[float]:
     return moments
 
 
-async def _ask(session: aiohttp.ClientSession, load: Load, prompt: str) -> Answer:
+async def _ask(session: aiohttp.ClientSession, load: Load, prompt: str) -> TimedAnswer:
     body = {
         "model": load.model, "prompt": prompt, "max_tokens": load.num_new, "temperature": 0, "stream": True,
         "stream_options": {"include_usage": True}, **({"ignore_eos": True} if load.ignore_eos else {}),
     }  # fmt: skip
-    answer, start, last = Answer(), time.perf_counter(), None
+    answer, start, last = TimedAnswer(), time.perf_counter(), None
     try:
         async with session.post(f"{load.url}/completions", json=body) as response:
             answer.status = response.status

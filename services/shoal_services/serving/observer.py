@@ -9,8 +9,8 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from shoal_services.serving.course import Comparison, Outcome
-from shoal_services.tracking import Tracker
+from shoal_services.serving.http.record import Comparison, Outcome
+from shoal_services.tracking.tracker import Tracker
 
 PATIENCE_S = 5.0
 # Enough for a 99th percentile; older ones have had their step.

@@ -35,7 +35,7 @@ class VariantSettings(Value):
     """One served model. `model` is a folder, alias, Hub id, or `models:/NAME@ALIAS` of the MLflow registry.
 
     With `min_replicas: 0` it starts at its first request and stops after `idle_s` without any. With `shared: true` it has
-    no process of its own: the shelf loads it when it is asked for, within a second or two.
+    no process of its own: the model cache loads it when it is asked for, within a second or two.
     """
 
     model: str = Field(min_length=1)
@@ -79,7 +79,7 @@ class ShadowSettings(Value):
     share: float = Field(default=1.0, gt=0, le=1)
 
 
-class ShelfSettings(Value):
+class ModelCacheSettings(Value):
     """Where shared variants live: each replica holds the `max_loaded` models that were asked for last."""
 
     max_loaded: int = Field(default=2, ge=1)
@@ -109,7 +109,7 @@ class ServeSettings(Value):
     cors_origins: list[Origin] | None = Field(
         default=None, description="web pages that may call, as https://chat.example; by default all with keys, else none"
     )
-    shelf: ShelfSettings = ShelfSettings()
+    model_cache: ModelCacheSettings = ModelCacheSettings()
     gateways: int = Field(default=1, ge=1)
     limits: Limits = Limits()
     address: str | None = None

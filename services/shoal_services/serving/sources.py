@@ -10,8 +10,8 @@ from shoal.checkpoints.packaged import ALIASES
 from shoal.recipe import Point, fingerprint
 
 from shoal_services.complaints import read_strict
-from shoal_services.registry import REGISTRY
 from shoal_services.serving.settings import ServeSettings, VariantSettings
+from shoal_services.tracking.registry import REGISTRY
 
 
 def read_sources(sources: list[str]) -> ServeSettings:
