@@ -64,10 +64,10 @@ services: setup
 	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
 	  || { [ "$$(id -u)" = 0 ] && apt-get install -y -qq postgresql >/dev/null; } \
 	  || { echo "PostgreSQL is missing: sudo apt-get install postgresql" >&2; exit 1; }
-	$(BIN)/python tests/services.py start $(SERVICES)
+	$(BIN)/python tests/tracking_server.py start $(SERVICES)
 
 services-stop: setup
-	$(BIN)/python tests/services.py stop $(SERVICES)
+	$(BIN)/python tests/tracking_server.py stop $(SERVICES)
 
 clean:
 	rm -rf $(VENV) shoal-runs

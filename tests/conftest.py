@@ -20,10 +20,12 @@ import hypothesis
 import pytest
 import torch
 import transformers
+from commands import shoal  # noqa: F401  a fixture
 from shoal.checkpoints.load import load_tokenizer
 from shoal.linearity.moments import Moments
 from shoal.models.structure import find_blocks
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
+from shoal.replace.maps import AffineMap
 from shoal.text.windows import TokenWindows
 
 pytest.register_assert_rewrite("searches")
@@ -225,3 +227,29 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("database") / "mlflow.db"
     mlflow.MlflowClient(f"sqlite:///{file}").search_experiments()
     return file
+
+
+def same_with_and_without_cache(model, ids) -> bool:
+    """Greedy, and logits step by step: a constant token would be equal whatever the cache holds."""
+    arguments = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    arguments |= {"eos_token_id": None, "pad_token_id": 0}
+    cached, plain = (model.generate(ids, use_cache=use, **arguments) for use in (True, False))
+    for with_cache, without in zip(cached.logits, plain.logits, strict=True):
+        torch.testing.assert_close(with_cache, without, rtol=1e-4, atol=1e-4)
+    return bool(torch.equal(cached.sequences, plain.sequences))
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models
+
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    )
+
+
+def random_map(seed: int, *, rank: int | None = None) -> AffineMap:
+    generator = torch.Generator().manual_seed(seed)
+    if rank:
+        update = (torch.randn(32, rank, generator=generator) / 8, torch.randn(rank, 32, generator=generator) / 8)
+        return AffineMap(update, torch.randn(32, generator=generator))
+    return AffineMap(torch.randn(32, 32, generator=generator) / 8, torch.randn(32, generator=generator))

@@ -8,21 +8,12 @@ import pytest
 import shoal
 import torch
 import transformers
-from conftest import make_ids
+from conftest import make_ids, make_tokenizer, random_map, same_with_and_without_cache
 from shoal.checkpoints.store import save
 from shoal.models.structure import find_blocks, name_cache_argument, watch_boundaries
 from shoal.recipe import KINDS, Recipe
 from shoal.replace.in_order import fit_in_order
-from shoal.replace.maps import AffineMap, Replacement, apply_replacement, find_runs, linear_blocks
-from test_blocks import same_with_and_without_cache
-
-
-def random_map(seed: int, *, rank: int | None = None) -> AffineMap:
-    generator = torch.Generator().manual_seed(seed)
-    if rank:
-        update = (torch.randn(32, rank, generator=generator) / 8, torch.randn(rank, 32, generator=generator) / 8)
-        return AffineMap(update, torch.randn(32, generator=generator))
-    return AffineMap(torch.randn(32, 32, generator=generator) / 8, torch.randn(32, generator=generator))
+from shoal.replace.maps import Replacement, apply_replacement, find_runs, linear_blocks
 
 
 def test_runs():
@@ -91,14 +82,6 @@ def test_every_kind_generates_and_loads_alike(model, kind, windows, tmp_path):
     if remote:  # without trust, the maps must not get lost silently
         with pytest.raises(ValueError, match=r"trust_remote_code|custom code"):
             transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
-
-
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models
-
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    )
 
 
 def test_a_replacement_survives_its_file(tmp_path):

@@ -24,7 +24,7 @@ from shoal_services.pretraining.page import write_pretraining_page
 from shoal_services.pretraining.results import Estimate, PretrainFolder, PretrainResult, compare, group_runs, summarise
 from shoal_services.pretraining.sweep import sweep
 
-FILES = sorted((Path(__file__).parents[1] / "tune_configs").glob("pretrain-*.yaml"))
+FILES = sorted((Path(__file__).parents[2] / "tune_configs").glob("pretrain-*.yaml"))
 COMMAND = [sys.executable, "-c", "from shoal_services.cli import main; main()", "pretrain"]
 SCORES = {f"mean_{name}": 0.5 for name in ("score", "score_without_residual", "held_out", "held_out_without_residual")}
 

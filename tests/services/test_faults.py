@@ -14,7 +14,7 @@ import pytest
 import torch
 from searches import write_search
 from shoal_services.cluster.preflight import fit_trials
-from shoal_services.cluster.resources import Maximum, Shape
+from shoal_services.cluster.resources import Maximum, NodeShape
 from shoal_services.finetuning.config import FinetuneConfig
 from shoal_services.search.config import Run
 from shoal_services.search.folder import RunFolder, TrialResult
@@ -100,7 +100,7 @@ def test_a_pair_of_workers_grows_with_the_cluster():
     assert (run.num_workers, run.most_workers) == (1, 8)
     assert Run.model_validate(run.model_dump(mode="json")) == run
     assert Run(num_workers=2).most_workers == 2
-    nodes = {"a": Shape(cpus=4, gpus=0)}
+    nodes = {"a": NodeShape(cpus=4, gpus=0)}
     assert fit_trials(run, nodes, Maximum(None, False)).concurrent == 1, "fewer than it may have, and it runs"
     assert fit_trials(Run(num_workers=2), nodes, Maximum(None, False)).concurrent == 2
     with pytest.raises(ValueError, match=r"num_workers: \[8, 1\] shrinks; give the smaller number first"):

@@ -16,8 +16,7 @@ from searches import assert_whole, write_search
 from shoal.checkpoints.store import hash_folder
 from shoal_services.tracking.promote import promote
 from shoal_services.tracking.registry import BASE_TAG, PLACE_TAG, SEARCH_TAG, find_registered, ping
-
-from services import USER, Services, find_postgres
+from tracking_server import USER, Services, find_postgres
 
 
 def has_services() -> bool:

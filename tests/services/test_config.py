@@ -18,7 +18,7 @@ from shoal_services.search.config import SearchConfig, load_config
 from shoal_services.search.space import Choice, Range, parse_kind
 from shoal_services.training.trial_events import read_assignment
 
-FILES = sorted((Path(__file__).parents[1] / "tune_configs").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[2] / "tune_configs").glob("*.yaml"))
 CONFIGS = [file for file in FILES if not file.stem.startswith("pretrain-")]
 AXES = {
     "num_replaced": {"randint": [1, 3]},

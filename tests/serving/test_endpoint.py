@@ -25,6 +25,7 @@ import schemathesis
 from conftest import make_point
 from hypothesis import HealthCheck, given, settings
 from mlflow.entities import Run
+from searches import closed_port
 from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.checkpoints.store import save
 from shoal.recipe import Recipe
@@ -43,12 +44,6 @@ COMPLETIONS = "/v1/completions"
 SMALL = {"model": "dense", "prompt": "The sea", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def folders(tiny_random: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two folders that hold the same tiny model."""
@@ -63,7 +58,7 @@ def folders(tiny_random: str, tmp_path_factory: pytest.TempPathFactory) -> list[
 def endpoint(ray_cluster: None, folders: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     made = Endpoint(
         ServeSettings(
-            port=free_port(),
+            port=closed_port(),
             variants={
                 "dense": VariantSettings(model=folders[0], dtype="float32", perplexity=20.0, num_parameters=1000),
                 "balanced": VariantSettings(model=folders[1], dtype="float32"),
@@ -530,7 +525,7 @@ def test_with_keys_strangers_stay_out(endpoint: Endpoint, tmp_path: Path):
 @pytest.mark.slow
 def test_a_stop_waits_for_streams_longer_than_half_a_minute(tiny_random: str, tmp_path: Path):
     """By the command itself: who streams at SIGTERM gets all of it, nobody else gets in, and nothing red is printed."""
-    port, log = free_port(), tmp_path / "log.txt"
+    port, log = closed_port(), tmp_path / "log.txt"
     with log.open("w") as output:
         process = subprocess.Popen(["shoal", "serve", tiny_random, "--port", str(port)], stdout=output, stderr=output)
     base = f"http://127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""vLLM serves linear kinds and says what `generate` says; where vLLM is installed: `pytest tests/test_vllm.py -m slow`."""
+"""vLLM serves linear kinds and says what `generate` says; where vLLM is installed: `pytest tests/serving/test_vllm.py`."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import transformers
+from commands import assert_refused
 from conftest import make_ids, make_model, write_prose
 from encoders import ENCODER_DECODERS, ENCODERS, make_encoder, save_with_tokenizer
 from shoal.checkpoints.load import load_model, load_tokenizer, read_config
@@ -18,7 +19,6 @@ from shoal.models.structure import find_blocks, find_stacks, is_causal
 from shoal.recipe import Texts
 from shoal.text.corpus import find_context
 from shoal.text.windows import TokenWindows, close_windows
-from test_cli import assert_refused, shoal  # noqa: F401  the fixture that runs a command
 
 FAMILIES = [*ENCODERS, *ENCODER_DECODERS]
 CASES = [
@@ -150,7 +150,7 @@ def test_an_encoder_takes_what_its_tokenizer_says(tmp_path, tiny_random):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_profiles_of_a_folder(shoal, family, tmp_path, tiny_random):  # noqa: F811
+def test_profiles_of_a_folder(shoal, family, tmp_path, tiny_random):
     save_with_tokenizer(make_encoder(family), tmp_path / family, tiny_random)
     text = write_prose(tmp_path / "prose.txt")
     words = ["profile", family, "--text", text, "--calibration-tokens", "4096", "--dtype", "float32", "--page", "page.html"]
@@ -179,7 +179,7 @@ def test_profiles_of_a_folder(shoal, family, tmp_path, tiny_random):  # noqa: F8
     assert ("(+0.0000)" in table.output) == (len(profiles) == 2)  # the comparison of the two stacks
 
 
-def test_a_decoder_and_an_encoder_side_by_side(shoal, tmp_path, tiny_random):  # noqa: F811
+def test_a_decoder_and_an_encoder_side_by_side(shoal, tmp_path, tiny_random):
     save_with_tokenizer(make_encoder("t5"), tmp_path / "t5", tiny_random)
     text = write_prose(tmp_path / "prose.txt")
     said = shoal("profile", "t5", "tiny-random", "--text", text, "--calibration-tokens", "4096", "--dtype", "float32")
@@ -188,7 +188,7 @@ def test_a_decoder_and_an_encoder_side_by_side(shoal, tmp_path, tiny_random):  #
     assert "Linearity of" not in said.output
 
 
-def test_blocks_that_share_weights_are_no_stack(shoal, tmp_path, tiny_random):  # noqa: F811
+def test_blocks_that_share_weights_are_no_stack(shoal, tmp_path, tiny_random):
     config = transformers.AlbertConfig(
         vocab_size=260, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, embedding_size=8
     )
@@ -197,13 +197,13 @@ def test_blocks_that_share_weights_are_no_stack(shoal, tmp_path, tiny_random):  
     assert_refused(said, "AlbertForMaskedLM has no list of 3 encoder blocks")
 
 
-def test_what_is_no_text_model_is_refused(shoal, tmp_path, tiny_random):  # noqa: F811
+def test_what_is_no_text_model_is_refused(shoal, tmp_path, tiny_random):
     config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
     save_with_tokenizer(transformers.ViTModel(config), tmp_path / "vit", tiny_random)
     assert_refused(shoal("profile", "vit"), "cannot load model 'vit'")
 
 
-def test_a_window_longer_than_the_context_is_refused(shoal, tmp_path, tiny_random):  # noqa: F811
+def test_a_window_longer_than_the_context_is_refused(shoal, tmp_path, tiny_random):
     save_with_tokenizer(make_encoder("roberta"), tmp_path / "roberta", tiny_random)
     said = shoal("profile", "roberta", "--window", "130", "--text", write_prose(tmp_path / "prose.txt"))
     assert_refused(said, "window=130 is longer than the model's context of 128 tokens")

@@ -25,7 +25,7 @@ from shoal_services.k8s.render import Place, render_search, size_workers, write_
 from shoal_services.k8s.schemas import read_crds
 from shoal_services.search.config import load_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 FOLDERS = [K8S, K8S / "base", K8S / "overlays" / "cpu-dev", K8S / "overlays" / "gpu"]
 RENDERED = {"cpu-dev": ("demo", "8Gi"), "gpu": ("qwen3-8b", "96Gi")}

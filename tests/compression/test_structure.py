@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from conftest import make_ids
+from conftest import make_ids, same_with_and_without_cache
 from shoal.models.calls import embed, record_calls
 from shoal.models.shorten import drop_blocks
 from shoal.models.structure import find_blocks, text_config, watch_boundaries
@@ -62,16 +62,6 @@ def test_dropped_model_is_a_stock_model_of_fewer_blocks(model, tmp_path):
         logits = model(input_ids=ids).logits
         torch.testing.assert_close(reloaded(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-5)
     assert same_with_and_without_cache(model, ids)
-
-
-def same_with_and_without_cache(model, ids) -> bool:
-    """Greedy, and logits step by step: a constant token would be equal whatever the cache holds."""
-    arguments = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    arguments |= {"eos_token_id": None, "pad_token_id": 0}
-    cached, plain = (model.generate(ids, use_cache=use, **arguments) for use in (True, False))
-    for with_cache, without in zip(cached.logits, plain.logits, strict=True):
-        torch.testing.assert_close(with_cache, without, rtol=1e-4, atol=1e-4)
-    return bool(torch.equal(cached.sequences, plain.sequences))
 
 
 @pytest.mark.parametrize(("dropped", "message"), [([5], "blocks 0 to 4"), ([-1], "do not exist"), (range(5), "4 or fewer")])

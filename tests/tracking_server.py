@@ -1,7 +1,7 @@
 """A tracking server for a team: MLflow with passwords, on a PostgreSQL of its own. `make services`, `make services-stop`.
 
-    python tests/services.py start FOLDER [--port 5000] [--name tracker.example.org]
-    python tests/services.py stop FOLDER
+    python tests/tracking_server.py start FOLDER [--port 5000] [--name tracker.example.org]
+    python tests/tracking_server.py stop FOLDER
 
 The folder holds database, artefacts, logs and secrets; started again, the server goes on with them. PostgreSQL comes from
 the system's packages (`apt-get install postgresql`) and runs as the user postgres where this is started by root. Secrets

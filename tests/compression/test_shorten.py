@@ -8,7 +8,7 @@ import pytest
 import shoal
 import torch
 import transformers
-from conftest import COMMON, GPT, MIXED, make_ids, make_model
+from conftest import COMMON, GPT, MIXED, make_ids, make_model, make_tokenizer, random_map, same_with_and_without_cache
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -20,8 +20,6 @@ from shoal.recipe import Recipe
 from shoal.replace.in_order import fit_in_order
 from shoal.replace.maps import AffineMap, Replacement, apply_replacement
 from shoal.text.windows import TokenWindows
-from test_blocks import same_with_and_without_cache
-from test_replace import make_tokenizer, random_map
 
 MOE = {**COMMON, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
 MLA = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "kv_lora_rank": 16,

@@ -10,6 +10,7 @@ import pytest
 import shoal as library
 import torch
 import transformers
+from commands import assert_refused
 from conftest import make_ids, write_prose
 from encoders import ENCODER_DECODERS, ENCODERS, make_encoder, save_with_tokenizer
 from shoal.checkpoints.load import load_tokenizer
@@ -21,7 +22,6 @@ from shoal.replace.in_order import fit_in_order
 from shoal.replace.maps import Replacement, apply_replacement
 from shoal.text.corpus import load_corpus
 from shoal.text.windows import TokenWindows
-from test_cli import assert_refused, shoal  # noqa: F401  the fixture that runs a command
 
 FAMILIES = [*ENCODERS, *ENCODER_DECODERS]
 
@@ -164,7 +164,7 @@ def test_a_masked_loss_needs_a_mask_token(tiny_random):
         (["--blocks", "7"], "the model has blocks 0 to 3"),
     ],
 )
-def test_what_an_encoder_cannot_be_is_refused(shoal, words, part, prose, tmp_path, tiny_random):  # noqa: F811
+def test_what_an_encoder_cannot_be_is_refused(shoal, words, part, prose, tmp_path, tiny_random):
     save_with_tokenizer(make_encoder("bert"), tmp_path / "bert", tiny_random)
     texts = ["--text", prose, "--evaluation-text", prose, "--calibration-tokens", "4096", "--evaluation-tokens", "1024"]
     assert_refused(shoal("compress", "bert", *words, *texts), part)
@@ -172,7 +172,7 @@ def test_what_an_encoder_cannot_be_is_refused(shoal, words, part, prose, tmp_pat
 
 
 @pytest.mark.parametrize("family", ["bert", "bart"])
-def test_the_command_compresses_encoders(shoal, family, prose, tmp_path, tiny_random):  # noqa: F811
+def test_the_command_compresses_encoders(shoal, family, prose, tmp_path, tiny_random):
     save_with_tokenizer(make_encoder(family), tmp_path / family, tiny_random)
     words = ["--text", prose, "--evaluation-text", prose, "--calibration-tokens", "4096", "--evaluation-tokens", "1024"]
     words += ["--dtype", "float32"]

@@ -19,12 +19,12 @@ import pytest
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve.schema import ServeDeploySchema
+from searches import closed_port
 from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.checkpoints.store import save
 from shoal.recipe import Recipe
 from shoal_services.serving.app import build, read_settings
 from shoal_services.serving.load import Load, run_load
-from test_endpoint import free_port
 
 ARGS: dict[str, Any] = {"variants": {"dense": {"model": "tiny-random"}}, "allow_anonymous": True}
 
@@ -88,7 +88,7 @@ def test_a_declared_application_serves_follows_and_survives(
         load_model(tiny_random, dtype="float32"), load_tokenizer(tiny_random), folder,
         recipe=Recipe(base_model=tiny_random, num_replaced=0),
     )  # fmt: skip
-    port = free_port()
+    port = closed_port()
     args = {
         "variants": {
             "dense": {"model": str(folder), "dtype": "float32"},
