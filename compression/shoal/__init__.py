@@ -3,14 +3,12 @@
     point = shoal.compress("smollm2-135m", "out/smol-24", num_replaced=6)
     model = shoal.load("out/smol-24")
 
-Everything else is in the modules; `shoal.compress` tells the story.
+Everything else is in the rooms below; `shoal.compression` tells the story.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,13 +40,3 @@ def load(folder: str | Path, *, dtype: str | None = None) -> PreTrainedModel:
     from shoal.checkpoints.load import load_model
 
     return load_model(str(folder), dtype=dtype, any_kind=True)
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: object) -> None:
-        # Importing the module shoal.compress would put it in the place of the function of that name.
-        if not (name == "compress" and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -176,13 +176,6 @@ def test_the_library_does_not_know_the_cluster(code, absent):
     assert found.stdout.split() == []
 
 
-def test_importing_the_module_does_not_hide_the_function():
-    import shoal.compression
-
-    assert callable(shoal.compress)
-    assert shoal.compress.__module__ == "shoal"
-
-
 @pytest.mark.parametrize("trained", ["lora", "all"])
 def test_zeros_and_factors_are_in_the_folder_and_counted(tiny_random, texts, tmp_path, trained):
     """After distillation too; no block needs to be replaced. The folder evaluates to the numbers that it shows."""
