@@ -152,13 +152,13 @@ def fit(
 ) -> Replacement:
     """The recipe's replacement in closed form, on calibration windows and their moments."""
     assert recipe.blocks is not None
-    if recipe.kind == "dropped" and (recipe.fit == "independent" or not recipe.refit_down_proj):
+    if recipe.kind == "dropped" and (recipe.fit == "independent" or not recipe.refit):
         return Replacement(recipe.blocks)
     if recipe.fit == "independent":
         return fit_independent(moments, recipe.blocks, ridge=recipe.ridge, rank=recipe.rank)
     return fit_in_order(
         model, recipe.blocks, windows, kind=recipe.kind, rank=recipe.rank, ridge=recipe.ridge,
-        refit_down_proj=recipe.refit_down_proj,
+        refit_outputs=recipe.refit,
         on_progress=lambda done: listen("fit", done, moments.num_blocks),
     )  # fmt: skip
 

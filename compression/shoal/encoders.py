@@ -85,7 +85,7 @@ def compress_encoder(
     windows = corpus.calibration
     moments = measure_moments(model, windows, on_progress=lambda done: listen("moments", done, len(windows)))
     recipe = name_inputs(recipe, model, corpus).model_copy(
-        update={"blocks": choose_blocks(recipe, moments), "refit_down_proj": False}
+        update={"blocks": choose_blocks(recipe, moments), "refit": False}
     )
     replacement = fit(recipe, model, windows, moments, listen=listen)
     changed = copy.deepcopy(model)

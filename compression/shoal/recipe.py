@@ -155,7 +155,7 @@ class Recipe(Value):
     rank: int | None = Field(default=None, ge=1)
     selection: Selection = "linearity"
     fit: Fit = "in_order"
-    refit_down_proj: bool = True
+    refit: bool = True
     ridge: float | None = Field(default=None, ge=0, description="None: chosen on held-out tokens")
     weight_share: float | None = Field(default=None, gt=0, lt=1)
     sparsity: Annotated[Sparsity | None, BeforeValidator(read_sparsity)] = None

@@ -65,7 +65,7 @@ def test_replacing_nothing_changes_nothing(family):
 def test_a_linear_block_is_replaced_exactly(family, windows):
     model, ids = make_encoder(family), make_ids(2, 32, seed=7)
     make_block_linear(model, 2)
-    replacement = fit_in_order(model, (2,), windows, ridge=0.0, refit_down_proj=False)
+    replacement = fit_in_order(model, (2,), windows, ridge=0.0, refit_outputs=False)
     changed = copy.deepcopy(model)
     apply_replacement(changed, replacement)
     assert len(find_blocks(changed)) == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import moments_of
 from shoal.linearity.gram import Gram
-from shoal.replace.fit import RIDGES, fit_affine, fit_down_proj, fit_independent
+from shoal.replace.fit import RIDGES, fit_affine, fit_independent, fit_projection
 
 D = 12
 
@@ -121,7 +121,7 @@ WEIGHT = rows(D, seed=4, width=20)
 def refit(z: torch.Tensor, y: torch.Tensor, *, bias: torch.Tensor | None = None, sinks=None, ridge: float | None = None):
     """`WEIGHT` fitted on every other row, with sinks (z, y), λ judged on the others."""
     gram, held = gram_of(z[::2], y[::2]), gram_of(z[1::2], y[1::2])
-    return fit_down_proj(gram if sinks is None else gram + gram_of(*sinks), WEIGHT, bias, held_out=held, ridge=ridge)
+    return fit_projection(gram if sinks is None else gram + gram_of(*sinks), WEIGHT, bias, held_out=held, ridge=ridge)
 
 
 def make_sinks(scale: float, num: int = 2, *, seed: int = 6) -> tuple[torch.Tensor, torch.Tensor]:

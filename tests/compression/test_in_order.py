@@ -68,7 +68,7 @@ def test_the_model_stays_as_it_is(llama, windows, kind):
 def test_a_block_that_does_nothing_is_replaced_without_a_trace(llama, windows, kind, refit):
     make_identity(llama, 2)
     rank = 4 if kind == "low_rank" else None
-    replacement = fit_in_order(llama, (2,), windows, kind=kind, rank=rank, refit_down_proj=refit)
+    replacement = fit_in_order(llama, (2,), windows, kind=kind, rank=rank, refit_outputs=refit)
     assert logits_change(llama, replacement) < 1e-4
 
 
@@ -88,11 +88,9 @@ def test_an_affine_block_is_folded_into_the_one_before():
         find_blocks(llama)[1].mlp.down_proj.weight.mul_(30)  # so that nearly all of the stream comes from it
     turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0))).Q
     find_blocks(llama)[2].forward = lambda hidden_states, **_: hidden_states @ turn
-    folded, dropped = (
-        fit_in_order(llama, (2,), windows, kind=kind, refit_down_proj=False) for kind in ("folded", "dropped")
-    )
+    folded, dropped = (fit_in_order(llama, (2,), windows, kind=kind, refit_outputs=False) for kind in ("folded", "dropped"))
     assert stream_error(llama, folded, windows) < 0.05 * stream_error(llama, dropped, windows)
-    assert list(folded.down_proj) == [1]
+    assert [(block, *weights) for block, weights in folded.weights.items()] == [(1, "mlp.down_proj.weight")]
     assert not folded.maps
 
 
@@ -102,20 +100,21 @@ def test_a_block_that_adds_a_constant_is_folded_into_the_bias_before_it(family, 
     make_identity(model, 2)
     with torch.no_grad():
         find_down_proj(find_blocks(model)[2], 32).bias.copy_(torch.linspace(-1, 1, 32))
-    folded = fit_in_order(model, (2,), windows, kind="folded", refit_down_proj=False)
+    folded = fit_in_order(model, (2,), windows, kind="folded", refit_outputs=False)
     assert logits_change(model, folded) < 1e-3 < 0.05 < logits_change(model, Replacement((2,)))
-    assert list(folded.down_bias) == list(folded.down_proj) == [1]
+    assert sorted(name.rpartition(".")[2] for name in folded.weights[1]) == ["bias", "weight"]
 
 
 def test_a_projection_without_bias_gets_none(llama, windows):
-    assert not fit_in_order(llama, (2,), windows.take(0, 16), kind="folded").down_bias
+    replacement = fit_in_order(llama, (2,), windows.take(0, 16), kind="folded")
+    assert all(name.endswith(".weight") for weights in replacement.weights.values() for name in weights)
 
 
 @pytest.mark.parametrize("blocks", [(2,), (1, 2), (0, 3)])
 def test_dropped_without_refit_is_only_dropped(llama, windows, blocks):
-    replacement, ids = fit_in_order(llama, blocks, windows, kind="dropped", refit_down_proj=False), make_ids(2, 16)
+    replacement, ids = fit_in_order(llama, blocks, windows, kind="dropped", refit_outputs=False), make_ids(2, 16)
     assert not replacement.maps
-    assert not replacement.down_proj
+    assert not replacement.weights
     expected = copy.deepcopy(llama)
     drop_blocks(expected, blocks)
     with torch.no_grad():
@@ -126,9 +125,9 @@ def test_dropped_without_refit_is_only_dropped(llama, windows, blocks):
 def test_fits_in_order_beat_independent_ones(llama, windows, blocks):
     """Each step below does what the one before it cannot; on the tokens that were fitted."""
     independent = fit_independent(measure_moments(llama, windows), blocks, ridge=1e-6)
-    in_order = fit_in_order(llama, blocks, windows, ridge=1e-6, refit_down_proj=False)
+    in_order = fit_in_order(llama, blocks, windows, ridge=1e-6, refit_outputs=False)
     refitted = fit_in_order(llama, blocks, windows, ridge=1e-6)
-    dropped = fit_in_order(llama, blocks, windows, kind="dropped", refit_down_proj=False)
+    dropped = fit_in_order(llama, blocks, windows, kind="dropped", refit_outputs=False)
     errors = [stream_error(llama, r, windows) for r in (refitted, in_order, independent, dropped)]
     assert errors == sorted(errors)
     assert errors[0] < 0.9 * errors[1]
@@ -136,8 +135,10 @@ def test_fits_in_order_beat_independent_ones(llama, windows, blocks):
 
 def test_down_proj_is_fitted_after_the_first_replaced_block_only(llama, windows):
     replacement = fit_in_order(llama, (2,), windows.take(0, 16))
-    assert sorted(replacement.down_proj) == [3, 4]
-    assert replacement.down_proj[3].shape == find_down_proj(find_blocks(llama)[3], 32).weight.shape
+    assert sorted(replacement.weights) == [3, 4]
+    assert sorted(replacement.weights[3]) == ["mlp.down_proj.weight", "self_attn.o_proj.weight"]
+    for name, weight in replacement.weights[3].items():
+        assert weight.shape == find_blocks(llama)[3].get_parameter(name).shape
 
 
 def test_nothing_replaced_is_nothing_fitted(llama, windows):
@@ -146,7 +147,7 @@ def test_nothing_replaced_is_nothing_fitted(llama, windows):
 
 def test_the_student_stream_is_what_the_replaced_model_computes(llama, windows):
     """The walk's last fit makes up for exactly the error that the finished student has: nothing is left to fit."""
-    replacement = fit_in_order(llama, (1, 3), windows, refit_down_proj=False, ridge=0.0)
+    replacement = fit_in_order(llama, (1, 3), windows, refit_outputs=False, ridge=0.0)
     student, aim, found = replace(llama, replacement), {}, {}
     with torch.no_grad():
         with watch_boundaries(llama, aim.__setitem__):

@@ -13,7 +13,8 @@ from shoal.checkpoints.store import save
 from shoal.models.structure import find_blocks, name_cache_argument, watch_boundaries
 from shoal.recipe import KINDS, Recipe
 from shoal.replace.in_order import fit_in_order
-from shoal.replace.maps import Replacement, apply_replacement, find_runs, linear_blocks
+from shoal.replace.maps import Replacement, apply_replacement, linear_blocks
+from shoal.units import find_runs
 
 
 def test_runs():
@@ -85,14 +86,16 @@ def test_every_kind_generates_and_loads_alike(model, kind, windows, tmp_path):
 
 
 def test_a_replacement_survives_its_file(tmp_path):
-    replacement = Replacement((1, 3), maps={1: random_map(1), 3: random_map(3, rank=4)}, down_proj={2: torch.randn(32, 48)})
+    maps, weights = {1: random_map(1), 3: random_map(3, rank=4)}, {2: {"mlp.down_proj.weight": torch.randn(32, 48)}}
+    replacement = Replacement((1, 3, "4.mlp"), maps, weights)
     replacement.save(tmp_path / "fit.safetensors")
     loaded = Replacement.load(tmp_path / "fit.safetensors")
+    assert loaded.units == (1, 3, "4.mlp")
     assert loaded.blocks == (1, 3)
     x = torch.randn(7, 32)
     for block in (1, 3):
         assert torch.equal(loaded.maps[block](x), replacement.maps[block](x))
-    assert torch.equal(loaded.down_proj[2], replacement.down_proj[2])
+    torch.testing.assert_close(loaded.weights, weights, rtol=0, atol=0)
 
 
 def test_a_model_with_maps_is_not_compressed_twice(llama):

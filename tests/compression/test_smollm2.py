@@ -48,7 +48,7 @@ def test_four_blocks_replaced(kind, highest_ratio, tmp_path):
 def test_fitting_in_order_beats_independent_maps(tmp_path: Path):
     arguments = {"num_replaced": 6, "texts": TEXTS}
     independent = shoal.compress("smollm2-135m", tmp_path / "a", fit="independent", **arguments)
-    in_order = shoal.compress("smollm2-135m", tmp_path / "b", refit_down_proj=False, **arguments)
+    in_order = shoal.compress("smollm2-135m", tmp_path / "b", refit=False, **arguments)
     refitted = shoal.compress("smollm2-135m", tmp_path / "c", **arguments)
     # On so little text, refitting `down_proj` may gain or lose a per cent over the maps in order.
     assert max(in_order.perplexity, refitted.perplexity) < independent.perplexity

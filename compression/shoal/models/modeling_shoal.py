@@ -1,12 +1,13 @@
 """Linear maps between the blocks of a Hugging Face causal language model, and factored projections inside them.
 
 A model whose replaced blocks became linear maps is a stock model with fewer blocks, plus a `LinearBlock` after (or
-before the first of) some of them; a `FactoredLinear` stands for a projection of low rank. The stock part keeps its own
-code, caches and masks. This file alone is needed to load such a model: it is copied into the model's folder for
-`trust_remote_code=True`, and depends on torch and transformers only.
+before the first of) some of them; a `FactoredLinear` stands for a projection of low rank, an `Absent` for an attention or
+an MLP that is gone. The stock part keeps its own code, caches and masks. This file alone is needed to load such a model: it
+is copied into the model's folder for `trust_remote_code=True`, and depends on torch and transformers only.
 
-The configuration names both: `linear_blocks = [{"block": 10, "where": "after", "replaces": [11, 12], "rank": null}]`,
-`factored_projections = {"model.layers.0.mlp.up_proj": 296}` (the rank).
+The configuration names them: `linear_blocks = [{"block": 10, "where": "after", "replaces": [11, 12], "rank": null}]`,
+`factored_projections = {"model.layers.0.mlp.up_proj": 296}` (the rank), and the attentions and MLPs that are gone,
+`absent_modules = {"model.layers.3.self_attn": 2}` (the length of the tuple that it returned).
 """
 
 from collections import OrderedDict
@@ -17,7 +18,7 @@ import transformers
 from torch import nn
 
 PREFIX = "Shoal"
-OWN_MODULES = ("linear_blocks", "factored_projections")
+OWN_MODULES = ("linear_blocks", "factored_projections", "absent_modules")
 
 
 class LinearBlock(nn.Module):
@@ -32,6 +33,33 @@ class LinearBlock(nn.Module):
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         return stream + self.update(stream)
+
+
+class Absent(nn.Module):
+    """Stands where an attention or an MLP stood, and adds nothing to the stream.
+
+    `num_outputs` is the length of the tuple that is expected of it, None for a tensor. With `layer_idx`, the cache goes on
+    counting tokens in this layer, at one number each for keys and values: other layers may ask it for their positions.
+    """
+
+    def __init__(self, num_outputs: int | None, layer_idx: int | None = None):
+        super().__init__()
+        self.num_outputs, self.layer_idx = num_outputs, layer_idx
+
+    def forward(self, *args, **kwargs):
+        stream = args[0] if args else kwargs["hidden_states"]
+        if self.layer_idx is not None:
+            count = stream.new_zeros(stream.shape[0], 1, stream.shape[1], 1)
+            for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, transformers.Cache)):
+                cache.update(count, count, self.layer_idx)
+        nothing = torch.zeros_like(stream)
+        return nothing if self.num_outputs is None else (nothing, *[None] * (self.num_outputs - 1))
+
+
+def remove(model: nn.Module, name: str, num_outputs: int | None) -> None:
+    """Takes the attention or MLP of that name out of the model."""
+    layer_idx = getattr(model.get_submodule(name), "layer_idx", None)
+    model.set_submodule(name, Absent(num_outputs, layer_idx))
 
 
 class FactoredLinear(nn.Sequential):
@@ -116,6 +144,8 @@ def attach_empty(model: transformers.PreTrainedModel) -> None:
     """Attaches the maps and factors that the configuration names, for weights to be loaded into."""
     config, blocks = text_config(model), list_first_blocks(model)
     assert blocks is not None
+    for name, num_outputs in (getattr(config, "absent_modules", None) or {}).items():
+        remove(model, name, num_outputs)
     for entry in getattr(config, "linear_blocks", None) or ():
         attach(blocks[entry["block"]], LinearBlock(config.hidden_size, entry["rank"]), entry["where"])
     for name, rank in (getattr(config, "factored_projections", None) or {}).items():

@@ -177,6 +177,11 @@ def find_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: module.weight.data == 0 for name, module in find_projections(model).items()}
 
 
+def has_matrix(module: nn.Module) -> bool:
+    """Whether the module has weights of two dimensions or more: a norm has not."""
+    return any(weight.dim() > 1 for weight in module.parameters())
+
+
 def width_in(projection: nn.Linear | Conv1D) -> int:
     return projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.weight.shape[1]
 

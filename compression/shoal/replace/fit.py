@@ -1,7 +1,7 @@
 """Least squares in closed form, from the sums of a `Gram`: no optimiser, float64 throughout.
 
 Every map is y = x + M x + b with ridge toward M = 0, the identity on the stream: with few tokens that is closer to
-the truth than ridge toward zero. Every `down_proj` that is fitted again has ridge toward its old value. The penalty
+the truth than ridge toward zero. Every projection that is fitted again has ridge toward its old value. The penalty
 is λ times the mean variance of an *ordinary* token's coordinate, for each token; sinks would make the mean thousands
 of times larger and shrink every useful direction. They are fitted, but λ is judged on ordinary tokens alone.
 """
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from shoal.linearity.gram import Gram
 from shoal.linearity.moments import Moments
-from shoal.replace.maps import AffineMap, Replacement, find_runs
+from shoal.replace.maps import AffineMap, Replacement
+from shoal.units import find_runs
 
 # The error over λ is flat for a decade on either side of its minimum: a coarse grid loses nothing. For `down_proj`, 10 and
 # 100 would often have the least error and 2.6 % more perplexity (SmolLM2-135M, 6 blocks, 12,288 calibration tokens).
@@ -114,7 +115,7 @@ def _truncate(update_xy: Tensor, xx: Tensor, rank: int) -> tuple[Tensor, Tensor]
     return directions.T, update_xy @ directions
 
 
-def fit_down_proj(
+def fit_projection(
     gram: Gram, weight: Tensor, bias: Tensor | None = None, *, held_out: Gram, ridge: float | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The projection [out, in], and its bias if it has one, that adds the missing y of the first pair to what it makes.
@@ -134,7 +135,7 @@ def fit_independent(
 ) -> Replacement:
     """A map for each run of replaced blocks from one pass of moments: the maps of single blocks, composed.
 
-    Quick, and good enough to rank. Maps fitted in order (`walk.fit_in_order`) are clearly better.
+    Quick, and good enough to rank. Maps fitted in order (`in_order.fit_in_order`) are clearly better.
     """
     maps: dict[int, AffineMap] = {}
     for run in find_runs(blocks):
@@ -146,7 +147,7 @@ def fit_independent(
             for block in run
         ]  # fmt: skip
         maps[run.start] = singles[0] if len(run) == 1 else _compose(singles, moments, run, rank)
-    return Replacement(blocks=tuple(sorted(blocks)), maps=maps)
+    return Replacement(tuple(sorted(blocks)), maps)
 
 
 def _compose(singles: list[AffineMap], moments: Moments, run: range, rank: int | None) -> AffineMap:

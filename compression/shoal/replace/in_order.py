@@ -1,4 +1,4 @@
-"""Replacements fitted in order: one walk over the blocks, the student's own stream in, the teacher's stream as aim.
+"""Replacements fitted in order: one walk through the stack, the student's own stream in, the teacher's stream as aim.
 
 Each fit sees the error that earlier replacements left in the student's stream and makes up for it, which maps
 fitted independently on the teacher's stream cannot (SmolLM2-135M, 6 blocks: perplexity 37 in order, 40
@@ -8,94 +8,136 @@ calibration tokens, [N, d] each, are held; never all boundaries, and one copy of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from shoal.large.on_disk import in_memory, keep_off_memory, weights_on_disk
+from shoal.large.on_disk import in_memory
 from shoal.linearity.gram import Gram
-from shoal.linearity.moments import find_sinks, measure_norms
-from shoal.models.calls import Call, embed, record_calls
+from shoal.models.calls import embed, record_calls
 from shoal.models.shorten import recompute_blocks
-from shoal.models.structure import find_blocks, find_down_proj, width_in
+from shoal.models.structure import find_blocks
 from shoal.recipe import Kind
-from shoal.replace.down_proj import find_gain
-from shoal.replace.fit import fit_affine, fit_down_proj
-from shoal.replace.maps import AffineMap, Replacement, find_runs, weight_of
+from shoal.replace.fit import fit_affine
+from shoal.replace.maps import AffineMap, Replacement
+from shoal.replace.refit import find_output, refit
+from shoal.replace.sinks import add_apart, find_all_sinks
+from shoal.replace.unit_stack import NUM_SAMPLED, Stream, UnitStack, find_parts
 from shoal.text.windows import TokenWindows
-
-Stream = list[Tensor]  # batches [batch, time, d]
+from shoal.units import Unit, find_runs, list_places, name_units
 
 
 @torch.no_grad()
 def fit_in_order(
     model: PreTrainedModel,
-    blocks: tuple[int, ...],
+    units: Sequence[Unit],
     windows: TokenWindows,
     *,
     kind: Kind = "linear",
     rank: int | None = None,
     ridge: float | None = None,
-    refit_down_proj: bool = True,
+    refit_outputs: bool = True,
     on_progress: Callable[[int], None] = lambda _done: None,
 ) -> Replacement:
-    """The replacement of `blocks` by `kind`, fitted on `windows`; the model stays as it is.
+    """The replacement of `units` by `kind`, fitted on `windows`; the model stays as it is.
 
-    `linear` and `low_rank` give one affine map per run of neighbouring blocks; `folded` fits `down_proj` of the
+    `linear` and `low_rank` give one affine map per run of neighbouring units; `folded` fits `down_proj` of the
     block before a run so that it does the run's work too (ReplaceMe, arXiv 2505.02819, multiplies it by a d × d
-    map; the projection fitted as a whole contains that); `dropped` puts nothing there. With `refit_down_proj`,
-    `down_proj` of every kept block after the first replaced one is fitted again toward the teacher's stream. Kept blocks
+    map; the projection fitted as a whole contains that); `dropped` puts nothing there. With `refit_outputs`, `o_proj` and
+    `down_proj` of every kept block after the first replaced unit are fitted again toward the teacher's stream. Kept blocks
     that scale by their place compute as they will in the shorter model. `on_progress` hears the blocks done.
 
-    Raises ValueError if the kind does not suit the model or the blocks, or for a single window.
+    Raises ValueError if the kind does not suit the model or the units, or for a single window.
     """
     if len(windows) < 2:
         raise ValueError("a single window cannot be fitted on, as every other batch is held out: give two or more")
-    decoder = find_blocks(model)
-    runs = {run.start: run for run in find_runs(blocks)}
+    replacement = Replacement(name_units(list_places(units)))
+    runs = {run.start: run for run in find_runs(list_places(units))}
     if kind == "folded" and 0 in runs:
         raise ValueError("block 0 has no block before it to fold into; leave it out or choose kind='linear'")
-    changed = recompute_blocks(model, blocks)
-    batches = split_evenly(windows, model.device)
-    calls = record_calls(model, batches[0])
-    teacher: Stream = [embed(model, ids) for ids in batches]
+    walk = _Walk(model, replacement.blocks, split_evenly(windows, model.device))
     if kind == "folded":
-        _require_foldable(model, runs, calls, teacher[0])
-    student: Stream = teacher
-    replacement = Replacement(blocks=tuple(sorted(blocks)))
-    last = len(decoder) if refit_down_proj and blocks else max(blocks, default=-1) + 1
-    block = 0
-    while block < last:
-        run = runs.get(block)
-        if run is not None:
-            teacher = advance(decoder, calls, run, teacher)
+        walk.require_foldable(model, runs)
+    last = 2 * len(walk.dense.blocks) if refit_outputs and runs else max((run.stop for run in runs.values()), default=0)
+    place = 0
+    while place < last:
+        if run := runs.get(place):
+            walk.pass_over(run)
             if kind in ("linear", "low_rank"):
-                replacement.maps[run.start] = _fit_map(student, teacher, ridge=ridge, rank=rank)
-                student = [_apply(replacement.maps[run.start], stream) for stream in student]
-            block = run.stop
+                replacement.maps[(run.start + 1) // 2] = walk.map_across(ridge=ridge, rank=rank)
+            place = run.stop
         else:
-            stop = block + 1
-            if kind == "folded" and stop in runs:
-                stop = runs[stop].stop
-            kept = changed.get(block, decoder[block])
-            shared = student is teacher and block not in changed
-            with in_memory(decoder[block]), in_memory(kept):
-                aim = advance(decoder, calls, range(block, stop), teacher)
-                wanted = stop > block + 1 or (refit_down_proj and not shared)
-                found = _find_refittable(kept, calls[block], student[0]) if wanted else None
-                if found is not None:
-                    student, weight, bias = _refit_block(kept, *found, calls[block], student, aim)
-                    replacement.down_proj[block] = weight
-                    if bias is not None:
-                        replacement.down_bias[block] = bias
-                else:
-                    student = aim if shared else [calls[block].run(kept, batch) for batch in student]
-            teacher, block = aim, stop
-        on_progress(block)
+            for start, stop in walk.list_steps(place, runs):
+                aim = runs[stop].stop if kind == "folded" and stop in runs else stop
+                weights = walk.step(start, stop, aim, refit_outputs=refit_outputs)
+                if weights:
+                    replacement.weights.setdefault(start // 2, {}).update(weights)
+                place = aim
+        on_progress(place // 2)
     return replacement
+
+
+class _Walk:
+    """Where the teacher's and the student's streams are: the same list until the first difference."""
+
+    def __init__(self, model: PreTrainedModel, gone: Sequence[int], batches: list[Tensor]):
+        blocks, changed = find_blocks(model), recompute_blocks(model, gone)
+        calls, parts = record_calls(model, batches[0]), find_parts(model, batches[0])
+        self.dense = UnitStack(blocks, calls, parts)
+        self.kept = UnitStack([changed.get(index, block) for index, block in enumerate(blocks)], calls, parts)
+        self.sample_ids = batches[0][:1, :NUM_SAMPLED]
+        self.sample_calls = record_calls(model, self.sample_ids)
+        self.teacher: Stream = [embed(model, ids) for ids in batches]
+        self.student = self.teacher
+
+    def is_shared(self, block: int) -> bool:
+        """Whether the student is still the teacher, this block included."""
+        return self.student is self.teacher and self.kept.blocks[block] is self.dense.blocks[block]
+
+    def pass_over(self, run: range) -> None:
+        """The teacher goes through a run of units that the student has not."""
+        self.teacher = self.dense.run(run.start, run.stop, self.teacher)
+
+    def map_across(self, *, ridge: float | None, rank: int | None) -> AffineMap:
+        """The map from the student's stream to the teacher's; the student has taken it."""
+        affine = fit_map(self.student, self.teacher, ridge=ridge, rank=rank)
+        self.student = [apply_map(affine, batch) for batch in self.student]
+        return affine
+
+    def list_steps(self, place: int, runs: dict[int, range]) -> list[tuple[int, int]]:
+        """From where to where, up to the end of the block or a run: parts apart where a projection is fitted after each."""
+        stop = place + 1 if place % 2 or place + 1 in runs else place + 2
+        apart = stop - place == 2 and self.dense.parts[place // 2] is not None and not self.is_shared(place // 2)
+        return [(place, place + 1), (place + 1, stop)] if apart else [(place, stop)]
+
+    def require_foldable(self, model: PreTrainedModel, runs: Iterable[int]) -> None:
+        """Raises ValueError if before a run that begins at one of these places is no projection to fold it into."""
+        sample = embed(model, self.sample_ids)
+        for block in (place // 2 - 1 for place in runs):
+            with in_memory(self.dense.blocks[block]):
+                if find_output(self.dense.blocks[block], self.sample_calls[block], sample) is None:
+                    raise ValueError(
+                        f"block {block} of {type(model).__name__} has no single down projection into the stream "
+                        "(a norm or a gate follows it, or it is a mixture of experts); choose kind='linear'"
+                    )
+
+    def step(self, start: int, stop: int, aim: int, *, refit_outputs: bool) -> dict[str, Tensor]:
+        """The student goes from `start` to `stop`, toward the teacher's stream at `aim`; what was fitted, by its name."""
+        block, stay_equal = start // 2, self.is_shared(start // 2) and aim == stop
+        self.teacher = self.dense.run(start, aim, self.teacher)
+        if stay_equal:
+            self.student = self.teacher
+            return {}
+        with self.kept.unit(start, stop) as kept:
+            call, sample = self.kept.calls[block], self.student[0][:1, :NUM_SAMPLED]
+            output = find_output(kept, self.sample_calls[block], sample) if refit_outputs or aim > stop else None
+            if output is not None:
+                self.student, weights = refit(kept, output, call, self.student, self.teacher)
+                return weights
+            self.student = [call.run(kept, batch) for batch in self.student]
+        return {}
 
 
 def split_evenly(windows: TokenWindows, device: torch.device) -> list[Tensor]:
@@ -104,82 +146,16 @@ def split_evenly(windows: TokenWindows, device: torch.device) -> list[Tensor]:
     return [ids.to(device) for ids in windows.ids.split(batch)]
 
 
-def advance(decoder: nn.ModuleList, calls: list[Call], blocks: range, stream: Stream) -> Stream:
-    for block in blocks:
-        with in_memory(decoder[block]):
-            stream = [calls[block].run(decoder[block], batch) for batch in stream]
-    return stream
-
-
-def _fit_map(student: Stream, aim: Stream, *, ridge: float | None, rank: int | None) -> AffineMap:
+def fit_map(student: Stream, aim: Stream, *, ridge: float | None = None, rank: int | None = None) -> AffineMap:
     """The affine map from the student's stream to the aim; every other batch is held out to choose λ."""
     width, device = student[0].shape[-1], student[0].device
     ordinary, sinks, held = (Gram.zeros(1, width, width, device) for _ in range(3))
     for index, (x_btd, y_btd) in enumerate(zip(student, aim, strict=True)):
-        sink_n = _find_all_sinks(x_btd, y_btd)
-        _add_apart(held if index % 2 else ordinary, sinks, x_btd.flatten(0, 1), y_btd.flatten(0, 1), sink_n)
+        sink_n = find_all_sinks(x_btd, y_btd)
+        add_apart(held if index % 2 else ordinary, sinks, x_btd.flatten(0, 1), y_btd.flatten(0, 1), sink_n)
     return fit_affine(ordinary, sinks, held_out=held, ridge=ridge, rank=rank)
 
 
-def _find_all_sinks(*streams_btd: Tensor) -> Tensor:
-    """Which tokens [N] are sinks in any of the streams."""
-    return torch.stack([find_sinks(measure_norms(stream)[1]) for stream in streams_btd]).any(0)
-
-
-def _add_apart(ordinary: Gram, sinks: Gram, x_nd: Tensor, y_ne: Tensor, sink_n: Tensor) -> None:
-    sinks.add(0, x_nd[sink_n], y_ne[sink_n])
-    ordinary.add(0, x_nd.masked_fill(sink_n[:, None], 0), y_ne, ~sink_n)
-
-
-def _apply(affine: AffineMap, stream_btd: Tensor) -> Tensor:
+def apply_map(affine: AffineMap, stream_btd: Tensor) -> Tensor:
+    """The stream after the map."""
     return affine(stream_btd.flatten(0, 1)).view_as(stream_btd)
-
-
-def _find_refittable(block: nn.Module, call: Call, stream: Tensor) -> tuple[nn.Linear | Conv1D, float] | None:
-    """The block's `down_proj` and what its output is multiplied by on its way into the stream; None if it has neither."""
-    projection = find_down_proj(block, stream.shape[-1])
-    gain = None if projection is None else find_gain(block, projection, call, stream)
-    return None if projection is None or gain is None else (projection, gain)
-
-
-def _refit_block(
-    block: nn.Module, projection: nn.Linear | Conv1D, gain: float, call: Call, student: Stream, aim: Stream
-) -> tuple[Stream, Tensor, Tensor | None]:
-    """The student's stream after the block with `down_proj` fitted toward the aim; its new weight [out, in] and bias.
-
-    Every other batch is held out to choose λ. The block multiplies what the projection makes by `gain`.
-    """
-    weight, bias, on_disk = weight_of(projection), projection.bias, weights_on_disk(block) is not None
-    gram, held = (Gram.zeros(1, width_in(projection), weight.shape[0], weight.device) for _ in range(2))
-    inputs: Stream = []
-    outputs: Stream = []
-    hook = projection.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
-    try:
-        for index, (batch, wanted) in enumerate(zip(student, aim, strict=True)):
-            output = call.run(block, batch)
-            z_btf = inputs[-1].reshape(*output.shape[:-1], -1)
-            sink_n, missing_nd = _find_all_sinks(batch, wanted, z_btf), ((wanted - output) / gain).flatten(0, 1)
-            _add_apart(held if index % 2 else gram, gram, z_btf.flatten(0, 1), missing_nd, sink_n)
-            outputs.append(output)
-            if on_disk:  # memory is short: the inputs, several times as wide as the stream, are computed again
-                inputs.clear()
-        exact, exact_bias = fit_down_proj(gram, weight, bias, held_out=held)
-        fitted, fitted_bias = exact.to(weight), None if exact_bias is None else exact_bias.to(weight)
-        change, shift = fitted - weight, 0 if fitted_bias is None else fitted_bias - bias
-        for index, batch in enumerate(student):
-            if on_disk:
-                call.run(block, batch)
-            z_btf = inputs.pop() if on_disk else inputs[index]
-            outputs[index] = outputs[index] + gain * (z_btf @ change.T + shift).view_as(outputs[index])
-    finally:
-        hook.remove()
-    return outputs, keep_off_memory(fitted) if on_disk else fitted, fitted_bias
-
-
-def _require_foldable(model: PreTrainedModel, runs: dict[int, range], calls: list[Call], stream: Tensor) -> None:
-    for start in runs:
-        if _find_refittable(find_blocks(model)[start - 1], calls[start - 1], stream) is None:
-            raise ValueError(
-                f"block {start - 1} of {type(model).__name__} has no single down projection into the stream "
-                "(a norm or a gate follows it, or it is a mixture of experts); choose kind='linear'"
-            )

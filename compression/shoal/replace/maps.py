@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -13,13 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from shoal.files import write_aside
 from shoal.large.on_disk import weights_on_disk
-from shoal.models.modeling_shoal import LinearBlock, attach
+from shoal.models.modeling_shoal import LinearBlock, attach, remove
 from shoal.models.shorten import drop_blocks
-from shoal.models.structure import check_block_indices, find_blocks, find_down_proj, holds_own_modules, text_config
+from shoal.models.structure import check_block_indices, find_blocks, holds_own_modules, text_config
+from shoal.replace.unit_stack import NUM_SAMPLED, explain_parts, find_parts
+from shoal.units import Unit, find_runs, list_places, name_units, read_unit
 
 
 @dataclass(frozen=True)
@@ -60,96 +60,108 @@ class AffineMap:
 
 @dataclass
 class Replacement:
-    """What stands in for the replaced blocks.
+    """What stands in for the units that go: blocks, and the attention or MLP of blocks that stay.
 
-    `maps` holds one affine map for each run of neighbouring replaced blocks, by the run's first block; runs without
-    one are dropped or folded. `down_proj` holds new weights [out, in] of kept blocks, by their index, and `down_bias` the
-    new biases [out] of those that have one.
+    `maps` holds one affine map for each run of neighbouring units, by the boundary inside the run, or at its end, that it
+    stands at (the first of them: of a run of blocks, its first block); runs without one are dropped or folded. `weights`
+    holds new weights of kept blocks, as these store them, by the block's index and their name in it.
     """
 
-    blocks: tuple[int, ...]
+    units: tuple[Unit, ...]
     maps: dict[int, AffineMap] = field(default_factory=dict)
-    down_proj: dict[int, Tensor] = field(default_factory=dict)
-    down_bias: dict[int, Tensor] = field(default_factory=dict)
+    weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that go as a whole."""
+        return tuple(unit for unit in self.units if isinstance(unit, int))
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file, aside and renamed."""
-        tensors = {f"down_proj.{block}": weight for block, weight in self.down_proj.items()}
-        tensors |= {f"down_bias.{block}": bias for block, bias in self.down_bias.items()}
-        for block, affine in self.maps.items():
+        tensors = {f"weight.{block}.{name}": w for block, own in self.weights.items() for name, w in own.items()}
+        for boundary, affine in self.maps.items():
             parts = affine.update if isinstance(affine.update, tuple) else (affine.update,)
-            tensors |= {f"map.{block}.update.{i}": part for i, part in enumerate(parts)}
-            tensors[f"map.{block}.bias"] = affine.bias
-        blocks = ",".join(map(str, self.blocks))
+            tensors |= {f"map.{boundary}.update.{i}": part for i, part in enumerate(parts)}
+            tensors[f"map.{boundary}.bias"] = affine.bias
+        units = ",".join(map(str, self.units))
         with write_aside(path) as aside:
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, aside, {"blocks": blocks})
+            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, aside, {"units": units})
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Raises ValueError if the file is not whole."""
         try:
             with safe_open(path, "pt") as file:
-                blocks = tuple(int(block) for block in file.metadata()["blocks"].split(",") if block)
+                units = tuple(read_unit(unit) for unit in file.metadata()["units"].split(",") if unit)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(
                 f"fitted replacement {str(path)!r} is damaged ({error}); delete the file to fit again"
             ) from error
-        replacement = cls(blocks)
+        replacement = cls(units)
         for name, tensor in tensors.items():
-            what, block, *part = name.split(".")
-            if what == "down_proj":
-                replacement.down_proj[int(block)] = tensor
-            elif what == "down_bias":
-                replacement.down_bias[int(block)] = tensor
-            elif part == ["bias"]:
-                second = tensors.get(f"map.{block}.update.1")
-                first = tensors[f"map.{block}.update.0"]
-                replacement.maps[int(block)] = AffineMap(first if second is None else (first, second), tensor)
+            what, index, part = name.split(".", 2)
+            if what == "weight":
+                replacement.weights.setdefault(int(index), {})[part] = tensor
+            elif part == "bias":
+                second = tensors.get(f"map.{index}.update.1")
+                first = tensors[f"map.{index}.update.0"]
+                replacement.maps[int(index)] = AffineMap(first if second is None else (first, second), tensor)
         return replacement
 
 
-def find_runs(blocks: Iterable[int]) -> list[range]:
-    """Neighbouring blocks together, in order: (5, 12, 13) → [5..5], [12..13]."""
-    runs: list[range] = []
-    for block in sorted(set(blocks)):
-        if runs and runs[-1].stop == block:
-            runs[-1] = range(runs[-1].start, block + 1)
-        else:
-            runs.append(range(block, block + 1))
-    return runs
-
-
 def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
-    """Changes the model in place: new `down_proj` weights, blocks out, maps in.
+    """Changes the model in place: new weights, blocks and parts of blocks out, maps in.
 
-    Raises ValueError if blocks do not exist, none would be left, or the model holds maps or factors already.
+    Raises ValueError if units do not exist, no block would be left, or the model holds modules of Shoal's already.
     """
-    blocks, width = find_blocks(model), text_config(model).hidden_size
-    check_block_indices(replacement.blocks, len(blocks))
+    blocks = find_blocks(model)
     if holds_own_modules(model):
         raise ValueError(
-            "this model holds linear blocks or factored projections already; start from its dense model and make all "
-            "changes at once"
+            "this model holds linear blocks, factored projections or gaps already; start from its dense model and make "
+            "all changes at once"
         )
-    for index, weight in replacement.down_proj.items():
-        projection = find_down_proj(blocks[index], width)
-        assert projection is not None
-        _set(blocks[index], projection, "weight", _as_stored(projection, weight))
-        if index in replacement.down_bias:
-            _set(blocks[index], projection, "bias", replacement.down_bias[index])
+    check_block_indices([place // 2 for place in list_places(replacement.units)], len(blocks))
+    for index, weights in replacement.weights.items():
+        for name, weight in weights.items():
+            _set(blocks[index], name, weight)
+    _remove_parts(model, replacement)
     kept = [index for index in range(len(blocks)) if index not in replacement.blocks]
     drop_blocks(model, replacement.blocks)
     entries = []
-    for run in find_runs(replacement.blocks):
-        if run.start in replacement.maps:
-            position = sum(index < run.start for index in kept) - 1
+    for run in find_runs(list_places(replacement.units)):
+        boundary = (run.start + 1) // 2
+        if boundary in replacement.maps:
+            position = sum(index < boundary for index in kept) - 1
             where = "after" if position >= 0 else "before"
-            affine = replacement.maps[run.start]
+            affine = replacement.maps[boundary]
             attach(find_blocks(model)[max(position, 0)], affine.to_block(model.dtype).to(model.device), where)
-            entries.append({"block": max(position, 0), "where": where, "replaces": list(run), "rank": affine.rank})
+            replaced = list(name_units(run))
+            entries.append({"block": max(position, 0), "where": where, "replaces": replaced, "rank": affine.rank})
     if entries:
         text_config(model).linear_blocks = entries
+
+
+def _remove_parts(model: PreTrainedModel, replacement: Replacement) -> None:
+    """Takes attentions and MLPs out of blocks that stay; the configuration names them by their places in the shorter model.
+
+    Raises ValueError if a block's attention and MLP do not stand one after the other.
+    """
+    gone = [place for place in list_places(replacement.units) if place // 2 not in replacement.blocks]
+    if not gone:
+        return
+    blocks = find_blocks(model)
+    path = next(path for path, module in model.named_modules() if module is blocks)
+    found = find_parts(model, torch.arange(NUM_SAMPLED, device=model.device)[None] % text_config(model).vocab_size)
+    absent = {}
+    for place in gone:
+        parts = found[place // 2]
+        if parts is None:
+            raise ValueError(explain_parts(place // 2))
+        part, position = parts[place % 2], place // 2 - sum(block < place // 2 for block in replacement.blocks)
+        remove(model, f"{path}.{place // 2}.{part.name}", part.num_outputs)
+        absent[f"{path}.{position}.{part.name}"] = part.num_outputs
+    text_config(model).absent_modules = absent
 
 
 def make_replaced(model: PreTrainedModel, replacement: Replacement) -> PreTrainedModel:
@@ -157,31 +169,21 @@ def make_replaced(model: PreTrainedModel, replacement: Replacement) -> PreTraine
 
     Raises ValueError as `apply_replacement`, or if weights would change, which the two have in common.
     """
-    if replacement.down_proj:
-        raise ValueError("new down_proj weights would change the model that they are shared with; apply them to a copy")
+    if replacement.weights:
+        raise ValueError("new weights would change the model that they are shared with; apply them to a copy")
     # A memo of the parameters makes the copy share them: only modules and configuration are its own.
     changed = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     apply_replacement(changed, replacement)
     return changed
 
 
-def _set(block: nn.Module, projection: nn.Linear | Conv1D, what: str, value: Tensor) -> None:
+def _set(block: nn.Module, name: str, value: Tensor) -> None:
     on_disk = weights_on_disk(block)
     if on_disk is None:
-        parameter = projection.get_parameter(what)
+        parameter = block.get_parameter(name)
         parameter.data = value.to(parameter)
-        return
-    name = next(name for name, module in block.named_modules() if module is projection)
-    on_disk.weights_map[f"{name}.{what}"] = value
-
-
-def weight_of(projection) -> Tensor:
-    """The weight as [out, in], however the module stores it."""
-    return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
-
-
-def _as_stored(projection, weight: Tensor) -> Tensor:
-    return weight.T.contiguous() if isinstance(projection, Conv1D) else weight
+    else:
+        on_disk.weights_map[name] = value
 
 
 def linear_blocks(model: PreTrainedModel) -> list[LinearBlock]:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shoal.models.calls import embed, record_calls
 from shoal.models.structure import find_blocks, find_projections
-from shoal.replace.in_order import advance, split_evenly
+from shoal.replace.in_order import split_evenly
 from shoal.text.windows import TokenWindows
 
 
@@ -34,7 +34,7 @@ def walk_projections(
     with torch.no_grad():
         calls = record_calls(model, batches[0])
         stream = [embed(model, ids) for ids in batches]
-    for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+    for block, call in zip(blocks, calls, strict=True):
         inside = {id(module) for module in block.modules()}
         own = {name: module for name, module in projections.items() if id(module) in inside}
         sums: dict[str, Tensor] = {}
@@ -46,7 +46,7 @@ def walk_projections(
                     sums[name] = sums[name] + part if name in sums else part
         yield sums
         with torch.no_grad():
-            stream = advance(blocks, calls, range(index, index + 1), stream)
+            stream = [call.run(block, batch) for batch in stream]
 
 
 @contextmanager

@@ -169,7 +169,7 @@ class SearchConfig(Value):
             settings = Distillation(num_tokens=values["distillation_tokens"], loss=loss, **own)
         shared = {
             name: values[name]
-            for name in ("num_replaced", "selection", "fit", "refit_down_proj", "ridge", "weight_share", "sparsity", "seed")
+            for name in ("num_replaced", "selection", "fit", "refit", "ridge", "weight_share", "sparsity", "seed")
         }
         return Recipe.model_validate(
             {"base_model": self.model, "revision": self.revision, "dtype": self.dtype, "kind": kind, "rank": rank}

@@ -89,7 +89,7 @@ class TrialWork:
         streams = tokens * (4 * shape.width + shape.mlp_width) * self.dtype_bytes
         sums = 4 * 8 * shape.width**2
         seconds = 0.0
-        if self.recipe.refit_down_proj:
+        if self.recipe.refit:
             operations += tokens * shape.refit_operations()
             seconds += self.student.solve_operations() / reached_64(self.hardware)
             sums = 5 * 8 * shape.mlp_width**2  # of both halves and of all, centred, and a factor

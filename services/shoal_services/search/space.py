@@ -84,7 +84,7 @@ class Space(Value):
     kind: Axis[KindName] = "linear"
     selection: Axis[Selection] = "linearity"
     fit: Axis[Fit] = "in_order"
-    refit_down_proj: Axis[bool] = True
+    refit: Axis[bool] = True
     ridge: Axis[float | None] = None
     weight_share: Axis[float | None] = None
     sparsity: Axis[float | str | None] = None

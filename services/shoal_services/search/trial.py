@@ -215,7 +215,7 @@ class Trial:
 
 def _fit_key(recipe: Recipe) -> str:
     """Equal for recipes that have the same replacement before distillation."""
-    fields = {"num_replaced", "blocks", "kind", "rank", "selection", "fit", "refit_down_proj", "ridge"}
+    fields = {"num_replaced", "blocks", "kind", "rank", "selection", "fit", "refit", "ridge"}
     return fingerprint(recipe.model_dump(mode="json", include=fields))
 
 

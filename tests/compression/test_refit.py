@@ -10,9 +10,9 @@ import transformers
 from conftest import COMMON, make_ids
 from shoal.models.calls import embed, record_calls
 from shoal.models.structure import find_blocks, find_down_proj
-from shoal.replace.down_proj import find_gain
 from shoal.replace.in_order import fit_in_order
 from shoal.replace.maps import apply_replacement
+from shoal.replace.refit import find_gain
 
 EXPERTS = {"num_experts_per_tok": 2, "shared_expert_intermediate_size": 40, "shared_intermediate_size": 40}
 OTHERS = {
@@ -68,7 +68,7 @@ def test_one_function_is_fitted_alike_however_it_is_written(windows, kind):
     results = []
     for model in (given, merged):
         replacement = fit_in_order(model, (1, 2), windows.take(0, 32), kind=kind, ridge=1e-3)
-        assert replacement.down_proj
+        assert replacement.weights
         student = copy.deepcopy(model)
         apply_replacement(student, replacement)
         with torch.no_grad():
