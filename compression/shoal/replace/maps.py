@@ -125,9 +125,13 @@ def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
     for index, weights in replacement.weights.items():
         for name, weight in weights.items():
             _set(blocks[index], name, weight)
-    _remove_parts(model, replacement)
+    absent = _name_parts(model, replacement)
     kept = [index for index in range(len(blocks)) if index not in replacement.blocks]
     drop_blocks(model, replacement.blocks)
+    for name, num_outputs in absent.items():
+        remove(model, name, num_outputs)
+    if absent:
+        text_config(model).absent_modules = absent
     entries = []
     for run in find_runs(list_places(replacement.units)):
         boundary = (run.start + 1) // 2
@@ -142,26 +146,25 @@ def apply_replacement(model: PreTrainedModel, replacement: Replacement) -> None:
         text_config(model).linear_blocks = entries
 
 
-def _remove_parts(model: PreTrainedModel, replacement: Replacement) -> None:
-    """Takes attentions and MLPs out of blocks that stay; the configuration names them by their places in the shorter model.
+def _name_parts(model: PreTrainedModel, replacement: Replacement) -> dict[str, int | None]:
+    """Attentions and MLPs that leave blocks that stay: their names in the shorter model, and how many values they return.
 
     Raises ValueError if a block's attention and MLP do not stand one after the other.
     """
     gone = [place for place in list_places(replacement.units) if place // 2 not in replacement.blocks]
     if not gone:
-        return
+        return {}
     blocks = find_blocks(model)
     path = next(path for path, module in model.named_modules() if module is blocks)
     found = find_parts(model, torch.arange(NUM_SAMPLED, device=model.device)[None] % text_config(model).vocab_size)
     absent = {}
     for place in gone:
-        parts = found[place // 2]
+        block, parts = place // 2, found[place // 2]
         if parts is None:
-            raise ValueError(explain_parts(place // 2))
-        part, position = parts[place % 2], place // 2 - sum(block < place // 2 for block in replacement.blocks)
-        remove(model, f"{path}.{place // 2}.{part.name}", part.num_outputs)
-        absent[f"{path}.{position}.{part.name}"] = part.num_outputs
-    text_config(model).absent_modules = absent
+            raise ValueError(explain_parts(block))
+        position = block - sum(other < block for other in replacement.blocks)
+        absent[f"{path}.{position}.{parts[place % 2].name}"] = parts[place % 2].num_outputs
+    return absent
 
 
 def make_replaced(model: PreTrainedModel, replacement: Replacement) -> PreTrainedModel:

@@ -1,0 +1,134 @@
+"""Which units go: by what it costs to be without them, looking further than one step.
+
+A greedy step takes the cheapest unit and never sees that a longer run, in whose place one map stands, would be cheap. So
+the search begins with the greedy set and with the cheapest runs, and swaps units of the best as long as that helps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from shoal.replace.judge import Judge, Places
+from shoal.units import find_runs
+
+# Candidates that a step looks at quickly, and of those that it reads whole.
+NUM_QUICK, NUM_WHOLE = 12, 3
+NUM_RUNS = 2
+MAX_SWAPS = 8
+
+
+@dataclass
+class LookAhead:
+    """A search over sets of places. `moves` are the sets that go together: a block's two, or one part.
+
+    `worth` says how far a set of places brings the model toward the goal: what it saves.
+    """
+
+    judge: Judge
+    moves: list[Places]
+    worth: Callable[[Places], float]
+    goal: float
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None
+    singles: dict[Places, float] = field(default_factory=dict)
+
+    def find(self) -> Places:
+        """The set that reaches the goal and costs least. Raises ValueError if no set reaches it."""
+        everything = frozenset[int]().union(*self.moves)
+        if self.worth(everything) < self.goal:
+            raise ValueError(
+                f"all units that may go save {self.worth(everything):,.0f}, and {self.goal:,.0f} are asked for"
+            )
+        for index, move in enumerate(self.moves):
+            self.on_progress(index, 2 * len(self.moves))
+            self.singles[move] = self.judge.cost(move, quick=True)
+        starts = {self._grow(frozenset()), *self._list_best_runs()}
+        best = min(starts, key=self.judge.cost)
+        for swap in range(MAX_SWAPS):
+            self.on_progress(len(self.moves) + swap * len(self.moves) // MAX_SWAPS, 2 * len(self.moves))
+            better = self._swap(best)
+            if better == best:
+                break
+            best = better
+        self.on_progress(2 * len(self.moves), 2 * len(self.moves))
+        return best
+
+    def _grow(self, chosen: Places) -> Places:
+        """Adds what costs least for what it saves, until the goal is reached."""
+        while self.worth(chosen) < self.goal:
+            chosen = self._step(chosen)
+        return self._shrink(chosen)
+
+    def _step(self, chosen: Places) -> Places:
+        before, reached = (self.judge.cost(chosen) if chosen else 0.0), self.worth(chosen)
+
+        def price(candidate: Places, cost: float) -> float:
+            return (cost - before) / min(self.worth(candidate) - reached, self.goal - reached)
+
+        candidates = {chosen | move for move in self._list_near(chosen) if self.worth(chosen | move) > reached}
+        quick_before = self.judge.cost(chosen, quick=True) if chosen else 0.0
+        quick = {c: self.judge.cost(c, quick=True) - quick_before + before for c in candidates}
+        finalists = sorted(candidates, key=lambda c: price(c, quick[c]))[:NUM_WHOLE]
+        return min(finalists, key=lambda c: price(c, self.judge.cost(c)))
+
+    def _list_near(self, chosen: Places) -> list[Places]:
+        """The moves worth a look: those next to a run, and the cheapest by themselves for what they save."""
+        left = [move for move in self.moves if not move <= chosen]
+        near = [m for m in left if chosen & {min(m) - 1, max(m) + 1} or m & chosen]
+        by_price = sorted(left, key=lambda move: self.singles[move] / max(self.worth(move), 1e-9))
+        return list(dict.fromkeys([*near, *by_price[:NUM_QUICK]]))
+
+    def _list_best_runs(self) -> list[Places]:
+        """The cheapest single runs that reach the goal."""
+        free = frozenset[int]().union(*self.moves)
+        runs = []
+        for start in sorted(free):
+            run = frozenset[int]()
+            for place in range(start, max(free) + 1):
+                if place not in free or not any(place in move and move <= free for move in self.moves):
+                    break
+                run |= {place}
+                if self._is_allowed(run) and self.worth(run) >= self.goal:
+                    runs.append(run)
+                    break
+        return sorted(runs, key=lambda run: self.judge.cost(run, quick=True))[:NUM_RUNS]
+
+    def _is_allowed(self, places: Places) -> bool:
+        """Whether the set is a union of moves."""
+        return places == frozenset[int]().union(*(move for move in self.moves if move <= places))
+
+    def _list_fewer(self, chosen: Places) -> set[Places]:
+        """The sets that lack one move of this one."""
+        return {fewer for move in self.moves if move <= chosen and self._is_allowed(fewer := chosen - move)}
+
+    def _shrink(self, chosen: Places) -> Places:
+        """Without units that the goal does not need."""
+        while True:
+            spare = [
+                s for m in self.moves if m <= chosen and self._is_allowed(s := chosen - m) and self.worth(s) >= self.goal
+            ]
+            if not spare:
+                return chosen
+            chosen = min(spare, key=lambda s: self.judge.cost(s, quick=True))
+
+    def _swap(self, chosen: Places) -> Places:
+        """The set itself, or a cheaper one with a unit for another."""
+        relief = sorted(filter(None, self._list_fewer(chosen)), key=lambda s: self.judge.cost(s, quick=True))[:NUM_WHOLE]
+        candidates = set[Places]()
+        for base in relief:
+            reaching = [c for m in self._list_near(base) if self.worth(c := base | m) >= self.goal and c != chosen]
+            candidates |= set(reaching)
+        finalists = sorted(candidates, key=lambda c: self.judge.cost(c, quick=True))[:NUM_WHOLE]
+        return min([chosen, *finalists], key=self.judge.cost)
+
+
+def list_moves(blocks: Iterable[int], *, parts: bool) -> list[Places]:
+    """Sets of places that can go together: whole blocks, and with `parts` each attention and MLP by itself."""
+    blocks = list(blocks)
+    whole = [frozenset((2 * block, 2 * block + 1)) for block in blocks]
+    return whole + ([frozenset((place,)) for block in blocks for place in (2 * block, 2 * block + 1)] if parts else [])
+
+
+def count_saved(places: Places, sizes: list[int], map_size: int) -> int:
+    """Parameters that go with the units at these places, less those of one map for each run. `sizes` by place."""
+    return sum(sizes[place] for place in places) - map_size * len(find_runs(places))
