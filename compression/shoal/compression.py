@@ -23,14 +23,16 @@ from shoal.models.structure import find_blocks
 from shoal.prepare import Preparation, prepare
 from shoal.progress import Listener, ignore
 from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Texts
-from shoal.replace.choose import choose_blocks, make_kl_cost
+from shoal.replace.choose import choose_blocks
 from shoal.replace.fit import fit_independent
 from shoal.replace.in_order import fit_in_order
+from shoal.replace.judge import Judge
 from shoal.replace.maps import Replacement, apply_replacement
 from shoal.text.corpus import Corpus, load_corpus
 from shoal.text.windows import TokenWindows
 from shoal.thin.sparsify import sparsify
 from shoal.thin.svd import factor_weights
+from shoal.units import whole_blocks
 
 
 @dataclass
@@ -66,17 +68,17 @@ def compress(
         streamed = choose_streamed(recipe, streamed)
         model = load_model(recipe.base_model, revision=recipe.revision, dtype=recipe.dtype, streamed=streamed)
         tokenizer = load_tokenizer(recipe.base_model, revision=recipe.revision)
-        if recipe.num_replaced:
-            require_shortenable(model, recipe.blocks)
+        if recipe.replaces_blocks:
+            require_shortenable(model, None if recipe.blocks is None else whole_blocks(recipe.blocks))
         corpus = load_corpus(texts, tokenizer, model.config, **distillation_needs(recipe))
-        if recipe.num_replaced:
+        if recipe.replaces_blocks:
             require_calibration(corpus.calibration, model)
         recipe = name_inputs(recipe, model, corpus)
         listen("load", 1, 1)
     with watch.time("prepare"):
         preparation = prepare(model, corpus, listen=listen)
     with watch.time("fit"):
-        recipe = choose(recipe, model, corpus, preparation)
+        recipe = choose(recipe, model, corpus, preparation, listen=listen)
         replacement = fit(recipe, model, corpus.calibration, preparation.moments, listen=listen)
         student = copy_model(model)
         apply_replacement(student, replacement)
@@ -140,11 +142,16 @@ def name_inputs(recipe: Recipe, model: PreTrainedModel, corpus: Corpus) -> Recip
     )
 
 
-def choose(recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation) -> Recipe:
+def choose(
+    recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation, *, listen: Listener = ignore
+) -> Recipe:
     """The recipe with its blocks filled in."""
-    cost = make_kl_cost(model, preparation.moments, corpus.selection, preparation.selection, recipe)
-    blocks = choose_blocks(recipe, preparation.moments, scores=preparation.scores, rank_by_kl=cost)
-    return recipe.model_copy(update={"blocks": blocks})
+    units = choose_blocks(
+        recipe, preparation.moments, scores=preparation.scores,
+        judge=lambda: Judge(model, corpus.calibration, corpus.selection, preparation.selection, recipe),
+        on_progress=lambda done, total: listen("choose", done, total),
+    )  # fmt: skip
+    return recipe.model_copy(update={"blocks": units, "num_replaced": len(units)})
 
 
 def fit(
@@ -155,7 +162,7 @@ def fit(
     if recipe.kind == "dropped" and (recipe.fit == "independent" or not recipe.refit):
         return Replacement(recipe.blocks)
     if recipe.fit == "independent":
-        return fit_independent(moments, recipe.blocks, ridge=recipe.ridge, rank=recipe.rank)
+        return fit_independent(moments, whole_blocks(recipe.blocks), ridge=recipe.ridge, rank=recipe.rank)
     return fit_in_order(
         model, recipe.blocks, windows, kind=recipe.kind, rank=recipe.rank, ridge=recipe.ridge,
         refit_outputs=recipe.refit,

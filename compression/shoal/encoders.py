@@ -103,7 +103,7 @@ def compress_encoder(
 def _require_closed_form(recipe: Recipe) -> None:
     asked = {
         "distillation": recipe.distillation is not None, "sparsity": recipe.sparsity is not None,
-        "weight_share": recipe.weight_share is not None, "selection='greedy_kl'": recipe.selection == "greedy_kl",
+        "weight_share": recipe.weight_share is not None, "selection='kl'": recipe.selection == "kl",
         "kind='folded'": recipe.kind == "folded",
     }  # fmt: skip
     for name, is_asked in asked.items():

@@ -12,10 +12,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from shoal.units import Unit, list_places, name_units, read_unit
+
 Kind = Literal["linear", "low_rank", "folded", "dropped"]
-Selection = Literal[
-    "linearity", "linearity_in_sample", "linearity_without_residual", "cosine", "window", "greedy_kl", "listed"
-]
+Selection = Literal["linearity", "linearity_in_sample", "linearity_without_residual", "cosine", "window", "kl", "listed"]
 Fit = Literal["in_order", "independent"]
 Trained = Literal["maps", "lora", "all"]
 
@@ -140,7 +140,10 @@ def read_sparsity(value: object) -> object:
 
 
 class Recipe(Value):
-    """What to make of which model. `blocks` is filled in once they are chosen.
+    """What to make of which model. `blocks` is filled in once they are chosen: blocks, and parts of blocks that stay.
+
+    How many go is said by `num_replaced`, or by `parameters`, the share of the dense model's that stays at most. With
+    `parts`, the attention and the MLP of a block may be chosen apart.
 
     `weight_share` and `sparsity` are for the projections of the blocks that stay: the share of their parameters that
     low-rank factors keep, and the share of their weights that are zero ("2:4": 2 of each 4 stay).
@@ -149,8 +152,10 @@ class Recipe(Value):
     base_model: str
     revision: str | None = None
     weights_sha256: str | None = None
-    num_replaced: int = Field(ge=0)
-    blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    num_replaced: int = Field(default=0, ge=0)
+    parameters: float | None = Field(default=None, gt=0, lt=1)
+    parts: bool = False
+    blocks: tuple[Annotated[Unit, BeforeValidator(read_unit)], ...] | None = None
     kind: Kind = "linear"
     rank: int | None = Field(default=None, ge=1)
     selection: Selection = "linearity"
@@ -167,21 +172,31 @@ class Recipe(Value):
 
     @field_validator("blocks")
     @classmethod
-    def _sorted_and_unique(cls, blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if blocks is not None and len(set(blocks)) != len(blocks):
-            twice = sorted({block for block in blocks if blocks.count(block) > 1})
-            raise ValueError(f"blocks lists {twice} more than once; name each block once")
-        return None if blocks is None else tuple(sorted(blocks))
+    def _sorted_and_unique(cls, blocks: tuple[Unit, ...] | None) -> tuple[Unit, ...] | None:
+        if blocks is None:
+            return None
+        places = [place for block in blocks for place in list_places([block])]
+        twice = {place // 2 for place in places if places.count(place) > 1}
+        if twice:
+            raise ValueError(f"blocks lists {sorted(twice)} more than once; name each block once")
+        return name_units(places)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.blocks is not None and len(self.blocks) != self.num_replaced:
             raise ValueError(f"num_replaced={self.num_replaced} but blocks names {len(self.blocks)}: make them agree")
+        is_counted = bool(self.num_replaced and not self.blocks)
+        if self.parameters is not None and (is_counted or self.selection not in ("kl", "listed")):
+            raise ValueError("parameters=… says how much goes: leave num_replaced out, and take selection='kl'")
+        if self.parts and self.parameters is None:
+            raise ValueError("parts=True needs parameters, the share that stays: parts are no number of blocks")
+        if self.takes_parts and (self.kind == "folded" or self.fit == "independent"):
+            raise ValueError("attention and MLP go apart with kind linear, low_rank or dropped, and fit='in_order' alone")
         if self.selection == "listed" and self.blocks is None:
             raise ValueError("selection='listed' needs blocks; name them or choose another selection")
         if (self.kind == "low_rank") != (self.rank is not None):
             raise ValueError(f"kind={self.kind!r} with rank={self.rank!r}: give rank with kind='low_rank', and only there")
-        no_maps = self.kind in ("folded", "dropped") or not self.num_replaced
+        no_maps = self.kind in ("folded", "dropped") or not self.replaces_blocks
         if no_maps and self.distillation and self.distillation.trained == "maps":
             what = f"kind={self.kind!r}" if self.num_replaced else "num_replaced=0"
             raise ValueError(f"{what} leaves no maps to train; use trained='lora' or 'all'")
@@ -190,11 +205,30 @@ class Recipe(Value):
         return self
 
     @property
+    def replaces_blocks(self) -> bool:
+        """Whether blocks, or parts of them, go."""
+        return bool(self.num_replaced or self.parameters)
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether the attention and the MLP of a block may go apart."""
+        return self.parts or any(isinstance(unit, str) for unit in self.blocks or ())
+
+    @property
     def changes(self) -> str:
-        """What is done to the dense model, in a few words: "4 blocks folded, 2:4 sparse"."""
+        """What is done to the dense model, in a few words: "4 blocks and 3 parts linear, 2:4 sparse"."""
         kind = self.kind + (f"({self.rank})" if self.rank else "")
-        parts = [f"{self.num_replaced} blocks {kind}"] if self.num_replaced or not self.weight_changes else []
+        parts = [f"{self.count_units()} {kind}"] if self.replaces_blocks or not self.weight_changes else []
         return ", ".join([*parts, *self.weight_changes])
+
+    def count_units(self) -> str:
+        """How much goes: "4 blocks", "4 blocks and 3 parts"; before it is chosen, "down to 85 % of the parameters"."""
+        if self.blocks is None and self.parameters is not None:
+            return f"down to {100 * self.parameters:g} % of the parameters"
+        num_parts = sum(isinstance(unit, str) for unit in self.blocks or ())
+        num_blocks = self.num_replaced - num_parts
+        counts = [f"{num_blocks} blocks"] if num_blocks or not num_parts else []
+        return " and ".join([*counts, f"{num_parts} parts"] if num_parts else counts)
 
     @property
     def weight_changes(self) -> tuple[str, ...]:
@@ -212,7 +246,8 @@ class Recipe(Value):
     @property
     def short_name(self) -> str:
         """The same as part of a name: "folded-4-sparse2of4"."""
-        parts = [f"{self.kind}-{self.num_replaced}"] if self.num_replaced or not self.weight_changes else []
+        how_much = f"{100 * self.parameters:g}p" if self.parameters else f"{self.num_replaced}"
+        parts = [f"{self.kind}-{how_much}"] if self.replaces_blocks or not self.weight_changes else []
         if self.weight_share is not None:
             parts.append(f"svd{100 * self.weight_share:g}")
         if self.sparsity is not None:
@@ -223,7 +258,8 @@ class Recipe(Value):
     @property
     def is_stock(self) -> bool:
         """Whether the model is of a stock architecture, which loads with nobody's code."""
-        return self.weight_share is None and (self.kind in ("folded", "dropped") or not self.num_replaced)
+        is_without_maps = self.kind in ("folded", "dropped") or not self.replaces_blocks
+        return self.weight_share is None and not self.takes_parts and is_without_maps
 
     @property
     def key(self) -> str:

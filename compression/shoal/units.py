@@ -23,6 +23,11 @@ def read_unit(name: object) -> Unit:
     return f"{int(found[1])}.{found[2]}" if found[2] else int(found[1])
 
 
+def whole_blocks(units: Iterable[Unit]) -> tuple[int, ...]:
+    """The units that are blocks."""
+    return tuple(unit for unit in units if isinstance(unit, int))
+
+
 def list_places(units: Iterable[Unit]) -> list[int]:
     """The places that the units begin at, in order: a block is two."""
     places = set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import make_affine, make_ids, make_model, moments_of
@@ -11,10 +13,13 @@ from shoal.linearity.scores import score_blocks
 from shoal.measure.perplexity import score_windows
 from shoal.measure.targets import measure_targets
 from shoal.recipe import Recipe
-from shoal.replace.choose import SHORTLIST, choose_blocks, make_kl_cost, protected_blocks
-from shoal.replace.fit import fit_independent
+from shoal.replace.choose import choose_blocks, protected_blocks
+from shoal.replace.in_order import fit_in_order
+from shoal.replace.judge import Judge
+from shoal.replace.look_ahead import LookAhead, list_moves
 from shoal.replace.maps import apply_replacement
 from shoal.text.windows import TokenWindows
+from shoal.units import list_places, name_units
 
 D = 8
 
@@ -69,7 +74,7 @@ def test_first_last_and_sink_moving_blocks_stay():
     assert choose_blocks(recipe(2, "window"), moments) == (3, 4)
 
 
-@pytest.mark.parametrize("selection", ["linearity", "cosine", "window", "greedy_kl"])
+@pytest.mark.parametrize("selection", ["linearity", "cosine", "window", "kl"])
 def test_too_many_blocks_are_refused_with_the_number_there_is(selection):
     message = r"num_replaced=7 is more than the 6 replaceable blocks of 8 \(blocks \[0, 7\] stay.*choose 6 or fewer"
     with pytest.raises(ValueError, match=message):
@@ -100,56 +105,88 @@ def test_nothing_replaced_needs_no_scores():
     assert choose_blocks(recipe(0), Moments.zeros(5, 8, "empty")) == ()
 
 
-def test_greedy_adds_what_costs_least_with_the_others_in_place():
+class Table:
+    """A judge that knows what each set of blocks costs; others cost much."""
+
+    def __init__(self, **costs: float):
+        self.costs = {frozenset(list_places(map(int, name.strip("_").split("_")))): cost for name, cost in costs.items()}
+        self.parts = [None] * 8
+
+    def cost(self, places: frozenset[int], *, quick: bool = False) -> float:
+        return self.costs.get(places, len(places))
+
+
+def look(num_replaced: int, judge: Table, blocks: range = range(1, 7)) -> tuple[int | str, ...]:
+    moves = list_moves(blocks, ())
+    return name_units(LookAhead(judge, moves, lambda places: len(places) / 2, num_replaced).find())
+
+
+def test_a_greedy_set_grows_by_what_costs_least_with_the_others_gone():
     """Block 6 is cheapest alone; together with it, block 1 is."""
-    costs = {(6,): 1, (1, 6): 2, (1, 2, 6): 3}
-    asked = []
+    assert look(3, Table(_6=0.1, _1_6=0.2, _1_2_6=0.3)) == (1, 2, 6)
 
-    def cost(blocks: tuple[int, ...]) -> float:
-        asked.append(blocks)
-        return costs.get(blocks, 9)
 
-    assert choose_blocks(recipe(3, "greedy_kl"), moments_with(NOISE, STEP), rank_by_kl=cost) == (1, 2, 6)
-    assert len(asked) == len(set(asked)) == 6 + 5 + 4
-    asked.clear()
-    choose_blocks(recipe(1, "greedy_kl"), moments_with(NOISE, STEP), rank_by_kl=cost)
-    assert len(asked) == 1 + SHORTLIST
+def test_a_long_run_is_found_that_no_step_leads_to():
+    assert look(3, Table(_6=0.1, _1_6=0.2, _1_2_6=0.3, _3_4_5=0.25)) == (3, 4, 5)
+
+
+def test_a_swap_is_found_that_no_step_leads_to():
+    """From 1, 2, 6 by one swap to 1, 2, 4, which is no run and not greedy."""
+    assert look(3, Table(_6=0.1, _1_6=0.2, _1_2_6=0.3, _1_2_4=0.2, _1_2=3.0, _1_4=3.9, _4=1.9)) == (1, 2, 4)
 
 
 @pytest.fixture(scope="module")
 def measured():
-    """A model whose block 3 is affine, its moments, and windows that those have not seen."""
+    """A model, text to fit on, text to choose on and what the model says of it."""
     model, windows = make_model("llama"), TokenWindows(make_ids(64, 32), "random")
     make_affine(model, 3)
     held_out = TokenWindows(make_ids(8, 32, seed=1), "held out")
-    return model, measure_moments(model, windows), held_out, measure_targets(model, held_out)
+    return model, windows, held_out, measure_targets(model, held_out)
 
 
 @pytest.mark.parametrize("changes", [{}, {"kind": "low_rank", "rank": 4}, {"kind": "dropped"}, {"ridge": 0.1}])
-def test_greedy_choice_of_one_is_brute_force(measured, changes):
-    import copy
-
-    model, moments, held_out, dense = measured
-    wanted, kl = recipe(1, "greedy_kl", **changes), {}
-    for block in (1, 2, 3):
-        student, replacement = (
-            copy.deepcopy(model),
-            fit_independent(moments, (block,), ridge=wanted.ridge, rank=wanted.rank),
-        )
-        if wanted.kind == "dropped":
-            replacement.maps.clear()
-        apply_replacement(student, replacement)
-        kl[block] = float(score_windows(student, held_out, dense).kl.mean())
-    cost = make_kl_cost(*measured, wanted)
-    assert {block: cost((block,)) for block in kl} == pytest.approx(kl)
-    assert choose_blocks(wanted, moments, rank_by_kl=cost) == (min(kl, key=kl.__getitem__),)
-
-
-def test_greedy_finds_the_affine_block_and_changes_nothing(measured):
-    model, moments, *_ = measured
-    before = hash_weights(model)
-    assert choose_blocks(recipe(1, "greedy_kl"), moments, rank_by_kl=make_kl_cost(*measured, recipe(1, "greedy_kl"))) == (
-        3,
+@pytest.mark.parametrize("units", [(3,), (1, 2), ("1.mlp", 2), (2, "3.attention")])
+def test_the_judge_says_what_the_model_with_its_maps_says(measured, changes, units):
+    """One walk without a refit from the dense streams is what the judge fits, as far as the first run goes."""
+    model, windows, held_out, dense = measured
+    wanted = recipe(1, "kl", **changes)
+    fitted = fit_in_order(
+        model, units, windows, kind=wanted.kind, rank=wanted.rank, ridge=wanted.ridge, refit_outputs=False
     )
+    student = copy.deepcopy(model)
+    apply_replacement(student, fitted)
+    places = frozenset(list_places(units))
+    judge = Judge(model, windows, held_out, dense, wanted)
+    expected = float(score_windows(student, held_out, dense).kl.mean())
+    assert judge.cost(places) == pytest.approx(expected, rel=2e-2, abs=1e-6)
+    assert judge.cost(places, quick=True) == pytest.approx(expected, rel=0.5, abs=1e-6)
+
+
+def test_the_choice_of_one_is_brute_force(measured):
+    model, windows, held_out, dense = measured
+    before, judge = hash_weights(model), Judge(model, windows, held_out, dense, recipe(1, "kl"))
+    cheapest = min((1, 2, 3), key=lambda block: judge.cost(frozenset(list_places([block]))))
+    moments = measure_moments(model, windows)
+    assert choose_blocks(recipe(1, "kl"), moments, judge=lambda: judge) == (cheapest,) == (3,)
     assert hash_weights(model) == before
-    assert model.config.num_hidden_layers == 5
+
+
+@pytest.mark.parametrize("share", [0.9, 0.8])
+@pytest.mark.parametrize("parts", [True, False])
+def test_a_budget_of_parameters_is_kept(measured, share, parts):
+    model, windows, held_out, dense = measured
+    wanted = Recipe(base_model="tiny", parameters=share, parts=parts, selection="kl")
+    units = choose_blocks(
+        wanted, measure_moments(model, windows), judge=lambda: Judge(model, windows, held_out, dense, wanted)
+    )
+    student = copy.deepcopy(model)
+    apply_replacement(student, fit_in_order(model, units, windows))
+    assert student.num_parameters() <= share * model.num_parameters()
+    assert parts or all(isinstance(unit, int) for unit in units)
+
+
+def test_a_budget_out_of_reach_names_the_nearest(measured):
+    model, windows, held_out, dense = measured
+    wanted = Recipe(base_model="tiny", parameters=0.01, selection="kl")
+    with pytest.raises(ValueError, match=r"parameters=0.01 is out of reach: .* 0\.\d\d of the parameters are left"):
+        choose_blocks(wanted, measure_moments(model, windows), judge=lambda: Judge(model, windows, held_out, dense, wanted))

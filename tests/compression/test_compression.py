@@ -76,7 +76,7 @@ def test_the_folder_evaluates_to_its_numbers(tiny_random, texts, tmp_path, kind,
         assert type(transformers.AutoModelForCausalLM.from_pretrained(folder)).__name__ == "LlamaForCausalLM"
 
 
-@pytest.mark.parametrize("selection", ["cosine", "window", "greedy_kl"])
+@pytest.mark.parametrize("selection", ["cosine", "window", "kl"])
 def test_every_selection_runs(tiny_random, texts, tmp_path, selection):
     point = shoal.compress(
         tiny_random, tmp_path / "out", texts=texts, num_replaced=2, selection=selection, fit="independent"

@@ -88,7 +88,7 @@ def test_an_unknown_key_is_refused_by_name(value):
         ({"kind": "folded", "fit": "independent"}, "use fit='in_order'"),
         ({"kind": "dropped", "distillation": {"trained": "maps"}}, "leaves no maps to train"),
         ({"kind": "pruned"}, "'linear', 'low_rank', 'folded' or 'dropped'"),
-        ({"selection": "random"}, "'greedy_kl'"),
+        ({"selection": "random"}, "'kl'"),
         ({"num_replaced": -1}, "greater than or equal to 0"),
         ({"num_replaced": 1.5}, "integer"),
         ({"ridge": -0.1}, "greater than or equal to 0"),

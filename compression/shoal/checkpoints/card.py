@@ -48,14 +48,14 @@ With Shoal installed, `shoal.load(folder)` loads it and never runs code from the
 
 
 def _title(recipe: Recipe) -> str:
-    replaced = [f"{recipe.num_replaced} blocks {_describe_kind(recipe.kind)}"] if recipe.num_replaced else []
+    replaced = [f"{recipe.count_units()} {_describe_kind(recipe.kind)}"] if recipe.replaces_blocks else []
     return ", ".join([*replaced, *recipe.weight_changes]) or "nothing changed"
 
 
 def _describe_changes(recipe: Recipe) -> str:
     """A sentence for each change."""
     sentences = []
-    if recipe.num_replaced:
+    if recipe.replaces_blocks:
         kind = _describe_kind(recipe.kind)
         sentences.append(f"Blocks {list(recipe.blocks or ())} of the dense model were {kind} (arXiv 2405.12250).")
     if recipe.weight_share is not None:

@@ -67,7 +67,7 @@ def plan_shortening(model: PreTrainedModel, dropped: Iterable[int]) -> Shortenin
     return Shortening(kept, skeleton, frozenset(recomputed))
 
 
-def require_shortenable(model: PreTrainedModel, blocks: tuple[int, ...] | None) -> None:
+def require_shortenable(model: PreTrainedModel, blocks: Iterable[int] | None) -> None:
     """Raises ValueError if no configuration describes the model without `blocks`, or without a middle one if not given."""
     plan_shortening(model, blocks if blocks is not None else [len(find_blocks(model)) // 2])
 

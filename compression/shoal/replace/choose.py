@@ -1,25 +1,19 @@
-"""Which blocks to replace: most linear, most alike in cosine, one window, or greedy on KL with the maps in place."""
+"""Which blocks to replace: most linear, most alike in cosine, one window, or what costs least with the maps in place."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-
-import torch
-from transformers import PreTrainedModel
 
 from shoal.linearity.moments import Moments
 from shoal.linearity.scores import BlockLinearity, require_tokens, score_blocks
-from shoal.measure.perplexity import score_windows
-from shoal.measure.targets import TeacherTargets
 from shoal.models.structure import check_block_indices
 from shoal.recipe import Recipe
-from shoal.replace.fit import fit_independent
-from shoal.replace.maps import make_replaced
-from shoal.text.windows import TokenWindows
+from shoal.replace.judge import Judge
+from shoal.replace.look_ahead import LookAhead, Saving, list_moves
+from shoal.units import Unit, list_places, name_units
 
-# Candidates that each greedy step tries beyond those still wanted: more did not change the choice (SmolLM2-135M).
-SHORTLIST = 4
-
+MakeJudge = Callable[[], Judge]
 
 # `linearity` is what ranks unless something else is asked for (see `shoal.linearity.scores.RANKING_REASON`);
 # `linearity_in_sample` is the paper's score, which sinks lift to 0.99 in the middle of most models.
@@ -40,23 +34,18 @@ def protected_blocks(scores: Sequence[BlockLinearity]) -> set[int]:
 
 
 def choose_blocks(
-    recipe: Recipe,
-    moments: Moments,
-    *,
-    scores: Sequence[BlockLinearity] | None = None,
-    rank_by_kl: Callable[[tuple[int, ...]], float] | None = None,
-) -> tuple[int, ...]:
-    """The recipe's blocks, sorted, by `scores` of the moments if they are known.
+    recipe: Recipe, moments: Moments, *, scores: Sequence[BlockLinearity] | None = None, judge: MakeJudge | None = None,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> tuple[Unit, ...]:  # fmt: skip
+    """The recipe's units in order, by `scores` of the moments if they are known; `judge` makes what selection='kl' asks.
 
-    `rank_by_kl` judges a set of blocks for selection='greedy_kl'.
-
-    Raises ValueError if the recipe asks for more blocks than can be replaced, or lists blocks that do not exist.
+    Raises ValueError if the recipe asks for more than can be replaced, or lists blocks that do not exist.
     """
-    if recipe.num_replaced == 0:
+    if not recipe.replaces_blocks:
         return ()
     require_tokens(moments)
     if recipe.blocks is not None:
-        check_block_indices(recipe.blocks, moments.num_blocks)
+        check_block_indices([place // 2 for place in list_places(recipe.blocks)], moments.num_blocks)
         return recipe.blocks
     scores = scores or score_blocks(moments)
     free = [score for score in scores if score.block not in protected_blocks(scores)]
@@ -69,12 +58,30 @@ def choose_blocks(
         )
     if recipe.selection == "window":
         return _most_alike_window(moments, recipe.num_replaced, {score.block for score in free})
-    rank = RANKINGS.get(recipe.selection, RANKINGS["linearity"])
+    if recipe.selection == "kl":
+        assert judge is not None
+        return _look_ahead(recipe, judge(), [score.block for score in free], on_progress)
+    rank = RANKINGS[recipe.selection]
     free.sort(key=rank, reverse=True)
-    if recipe.selection == "greedy_kl":
-        assert rank_by_kl is not None
-        return _grow_greedily([score.block for score in free], recipe.num_replaced, rank_by_kl)
     return tuple(sorted(score.block for score in free[: recipe.num_replaced]))
+
+
+def _look_ahead(recipe: Recipe, judge: Judge, free: list[int], on_progress: Callable[[int, int], None]) -> tuple[Unit, ...]:
+    """The units that cost least by the judge, so many or down to so many parameters."""
+    if recipe.parameters is None:
+        look = LookAhead(judge, list_moves(free, ()), lambda places: len(places) / 2, recipe.num_replaced, on_progress)
+        return name_units(look.find())
+    apart = [block for block in free if judge.parts[block] is not None] if recipe.parts else []
+    saving = Saving.of(judge.model, judge.parts, has_map=recipe.kind != "dropped", rank=recipe.rank)
+    goal = math.ceil((1 - recipe.parameters) * saving.num_parameters)
+    moves = list_moves(free, apart)
+    most = saving.of_places(frozenset[int]().union(*moves))
+    if most < goal:
+        raise ValueError(
+            f"parameters={recipe.parameters:g} is out of reach: without all blocks that can be replaced, "
+            f"{1 - most / saving.num_parameters:.2f} of the parameters are left; ask for that or more"
+        )
+    return name_units(LookAhead(judge, moves, saving.of_places, goal, on_progress).find())
 
 
 def _most_alike_window(moments: Moments, length: int, free: set[int]) -> tuple[int, ...]:
@@ -87,30 +94,3 @@ def _most_alike_window(moments: Moments, length: int, free: set[int]) -> tuple[i
         )
     best = max(starts, key=lambda start: float(moments.similarity[start, start + length]))
     return tuple(range(best, best + length))
-
-
-def _grow_greedily(ranked: list[int], num_replaced: int, cost: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
-    """Adds, one at a time, the block that costs least with all maps in place, out of a shortlist by linearity."""
-    chosen: tuple[int, ...] = ()
-    while len(chosen) < num_replaced:
-        left = [block for block in ranked if block not in chosen][: num_replaced - len(chosen) + SHORTLIST]
-        chosen = min((tuple(sorted((*chosen, block))) for block in left), key=cost)
-    return chosen
-
-
-def make_kl_cost(
-    model: PreTrainedModel, moments: Moments, windows: TokenWindows, dense: TeacherTargets, recipe: Recipe
-) -> Callable[[tuple[int, ...]], float]:
-    """A function from blocks to the KL from the dense model on `windows`, with independently fitted maps in place.
-
-    `windows` should be text that the moments have not seen: sinks differ between kinds of text.
-    """
-
-    @torch.no_grad()
-    def cost(blocks: tuple[int, ...]) -> float:
-        replacement = fit_independent(moments, blocks, ridge=recipe.ridge, rank=recipe.rank)
-        if recipe.kind == "dropped":
-            replacement.maps.clear()
-        return float(score_windows(make_replaced(model, replacement), windows, dense).kl.mean())
-
-    return cost

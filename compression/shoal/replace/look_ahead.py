@@ -6,11 +6,17 @@ the search begins with the greedy set and with the cheapest runs, and swaps unit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
+from torch import nn
+from transformers import PreTrainedModel
+
+from shoal.models.structure import find_blocks, text_config
 from shoal.replace.judge import Judge, Places
-from shoal.units import find_runs
+from shoal.replace.unit_stack import Parts
+from shoal.units import find_runs, list_places, name_units
 
 # Candidates that a step looks at quickly, and of those that it reads whole.
 NUM_QUICK, NUM_WHOLE = 12, 3
@@ -122,13 +128,36 @@ class LookAhead:
         return min([chosen, *finalists], key=self.judge.cost)
 
 
-def list_moves(blocks: Iterable[int], *, parts: bool) -> list[Places]:
-    """Sets of places that can go together: whole blocks, and with `parts` each attention and MLP by itself."""
-    blocks = list(blocks)
+def list_moves(blocks: Iterable[int], apart: Iterable[int]) -> list[Places]:
+    """Sets of places that can go together: the blocks, and the attention and the MLP of each block in `apart`."""
     whole = [frozenset((2 * block, 2 * block + 1)) for block in blocks]
-    return whole + ([frozenset((place,)) for block in blocks for place in (2 * block, 2 * block + 1)] if parts else [])
+    return whole + [frozenset((place,)) for block in apart for place in (2 * block, 2 * block + 1)]
 
 
-def count_saved(places: Places, sizes: list[int], map_size: int) -> int:
-    """Parameters that go with the units at these places, less those of one map for each run. `sizes` by place."""
-    return sum(sizes[place] for place in places) - map_size * len(find_runs(places))
+@dataclass(frozen=True)
+class Saving:
+    """What the parameters come to that go with units. `parts` [2 · depth] by place, `blocks` [depth] whole, norms too."""
+
+    num_parameters: int
+    parts: list[int]
+    blocks: list[int]
+    map_size: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, parts: Sequence[Parts | None], *, has_map: bool, rank: int | None) -> Self:
+        """Those of a model, with a map in the place of each run if there is to be one."""
+        blocks, width = find_blocks(model), text_config(model).hidden_size
+        sizes = []
+        for block, own in zip(blocks, parts, strict=True):
+            sizes += [_count(block.get_submodule(part.name)) for part in own] if own else [0, 0]
+        map_size = (width * (rank or width) * (2 if rank else 1) + width) if has_map else 0
+        return cls(_count(model), sizes, [_count(block) for block in blocks], map_size)
+
+    def of_places(self, places: Places) -> int:
+        """Parameters that go with the units at these places, less those of the maps."""
+        sizes = (self.blocks[u] if isinstance(u, int) else self.parts[list_places([u])[0]] for u in name_units(places))
+        return sum(sizes) - self.map_size * len(find_runs(places))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in {id(p): p for p in module.parameters()}.values())

@@ -19,7 +19,7 @@ from shoal.models.modeling_shoal import LinearBlock, attach, remove
 from shoal.models.shorten import drop_blocks
 from shoal.models.structure import check_block_indices, find_blocks, holds_own_modules, text_config
 from shoal.replace.unit_stack import NUM_SAMPLED, explain_parts, find_parts
-from shoal.units import Unit, find_runs, list_places, name_units, read_unit
+from shoal.units import Unit, find_runs, list_places, name_units, read_unit, whole_blocks
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Replacement:
     @property
     def blocks(self) -> tuple[int, ...]:
         """The blocks that go as a whole."""
-        return tuple(unit for unit in self.units if isinstance(unit, int))
+        return whole_blocks(self.units)
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file, aside and renamed."""

@@ -28,6 +28,7 @@ from shoal_services.commands.options import (
 if TYPE_CHECKING:
     from shoal.linearity.profile import Profile
     from shoal.recipe import Recipe, Texts
+    from shoal.units import Unit
 
 
 class KindName(StrEnum):
@@ -47,7 +48,7 @@ class SelectionName(StrEnum):
     linearity_without_residual = "linearity_without_residual"
     cosine = "cosine"
     window = "window"
-    greedy_kl = "greedy_kl"
+    kl = "kl"
 
 
 def profile(
@@ -128,13 +129,23 @@ def profile(
 def compress(
     model: Model,
     num_replaced: Annotated[int | None, typer.Option("--num-replaced", "-n", help="How many blocks to replace.")] = None,
-    blocks: Annotated[str | None, typer.Option(help="Which blocks, instead of how many: 12,13,15.")] = None,
+    parameters: Annotated[
+        str | None, typer.Option(help="How much may stay, instead of how many blocks go: 85% of the dense parameters.")
+    ] = None,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="With --parameters: let the attention and the MLP of a block go apart.")
+    ] = False,
+    blocks: Annotated[
+        str | None, typer.Option(help="Which blocks, or parts of them, instead of how many: 12,13.mlp,15.attention.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder to make; by default MODEL-KIND-N, and what else is done.")
     ] = None,
     kind: Annotated[KindName, typer.Option(help="linear, low_rank (with --rank), folded, dropped.")] = KindName.linear,
     rank: Annotated[int | None, typer.Option(help="Rank of the maps of kind low_rank.")] = None,
-    selection: Annotated[SelectionName, typer.Option(help="How blocks are chosen.")] = SelectionName.linearity,
+    selection: Annotated[
+        SelectionName | None, typer.Option(help="How blocks are chosen: by linearity, or with --parameters by kl.")
+    ] = None,
     weight_share: Annotated[
         float | None, typer.Option(help="Share of the kept blocks' weights that low-rank factors keep (SVD): 0.8.")
     ] = None,
@@ -164,6 +175,8 @@ def compress(
 
         shoal compress smollm2-135m --num-replaced 6
 
+        shoal compress smollm2-135m --parameters 85% --parts
+
         shoal compress smollm2-135m -n 8 --kind folded --distil-tokens 131072 -o smol-22
 
         shoal compress smollm2-135m -n 4 --kind folded --sparsity 2:4
@@ -186,17 +199,19 @@ def compress(
     from shoal_services.pages.tables import point_table
 
     listed = _parse_blocks(blocks)
-    if (num_replaced is None) == (listed is None):
-        raise ValueError("give either --num-replaced or --blocks")
+    if [num_replaced, parameters, listed].count(None) != 2:
+        raise ValueError("give one of --num-replaced, --parameters and --blocks")
     count = len(listed) if listed is not None else num_replaced or 0
-    if count < (1 if weight_share is None and sparsity is None else 0):
+    share = None if parameters is None else _parse_share(parameters)
+    if share is None and count < (1 if weight_share is None and sparsity is None else 0):
         raise ValueError(
             f"--num-replaced {count}: choose 1 or more blocks to replace, or 0 with --sparsity or --weight-share"
         )
     recipe = Recipe.model_validate(
         {
-            "base_model": model, "revision": revision, "num_replaced": count, "blocks": listed, "kind": kind.value,
-            "rank": rank, "selection": "listed" if listed else selection.value, "seed": seed, "dtype": dtype,
+            "base_model": model, "revision": revision, "num_replaced": count, "parameters": share, "parts": parts,
+            "blocks": listed, "kind": kind.value, "rank": rank, "seed": seed, "dtype": dtype,
+            "selection": _name_selection(selection, is_listed=listed is not None, has_share=share is not None),
             "weight_share": weight_share, "sparsity": sparsity,
             "distillation": Distillation.model_validate(
                 {"num_tokens": distil_tokens, "learning_rate": learning_rate, "trained": trained}
@@ -238,10 +253,24 @@ def _compress_encoder(recipe: Recipe, folder: Path, texts: Texts, as_json: bool)
     say(f"model: {folder}\nload:  shoal.load({str(folder)!r})")
 
 
-def _parse_blocks(blocks: str | None) -> tuple[int, ...] | None:
-    if blocks is None:
-        return None
+def _parse_blocks(blocks: str | None) -> tuple[Unit, ...] | None:
+    from shoal.units import read_unit
+
+    return None if blocks is None else tuple(read_unit(block) for block in blocks.split(","))
+
+
+def _parse_share(text: str) -> float:
+    """A share between 0 and 1, given as 85% or 0.85."""
     try:
-        return tuple(int(block) for block in blocks.split(","))
-    except ValueError as error:
-        raise ValueError(f"--blocks {blocks!r} is no list of numbers such as 12,13,15") from error
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ValueError(f"--parameters {text!r} is no share of the dense parameters: give 85% or 0.85")
+    return share
+
+
+def _name_selection(selection: SelectionName | None, *, is_listed: bool, has_share: bool) -> str:
+    if is_listed:
+        return "listed"
+    return selection.value if selection else "kl" if has_share else "linearity"

@@ -97,10 +97,10 @@ class SearchConfig(Value):
             message = f"{key}: " * bool(key) + complaint["msg"].removeprefix("Value error, ")
             varied = {name: value for name, value in assignment.items() if name in self.space.axes}
             raise ValueError(f"no recipe for {varied or 'this space'}: {message}") from error
-        if recipe.num_replaced < 1 and self.space.weight_share is None and self.space.sparsity is None:
+        if not recipe.replaces_blocks and self.space.weight_share is None and self.space.sparsity is None:
             raise ValueError(
-                "space.num_replaced must be 1 or more; the dense model is measured in any case "
-                "(0 is for spaces with weight_share or sparsity)"
+                "space.num_replaced must be 1 or more, or space.parameters below 1; the dense model is measured in any "
+                "case (0 is for spaces with weight_share or sparsity)"
             )
 
     def _check_starts(self) -> None:
@@ -169,7 +169,18 @@ class SearchConfig(Value):
             settings = Distillation(num_tokens=values["distillation_tokens"], loss=loss, **own)
         shared = {
             name: values[name]
-            for name in ("num_replaced", "selection", "fit", "refit", "ridge", "weight_share", "sparsity", "seed")
+            for name in (
+                "num_replaced",
+                "parameters",
+                "parts",
+                "selection",
+                "fit",
+                "refit",
+                "ridge",
+                "weight_share",
+                "sparsity",
+                "seed",
+            )
         }
         return Recipe.model_validate(
             {"base_model": self.model, "revision": self.revision, "dtype": self.dtype, "kind": kind, "rank": rank}

@@ -124,14 +124,14 @@ def write_corpus(payload: dict, root: Path) -> None:
     """Reads model and texts: token windows, tokenizer and the hash of the weights."""
     config, folder = SearchConfig.model_validate(payload), RunFolder(root)
     model = _load(config)
-    if config.space.highest("num_replaced"):
+    if config.space.replaces_blocks:
         require_shortenable(model, None)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     corpus = load_corpus(
         config.texts, tokenizer, model.config,
         distillation_tokens=int(config.space.highest("distillation_tokens")), distillation_window=config.space.window,
     )  # fmt: skip
-    if config.space.highest("num_replaced"):
+    if config.space.replaces_blocks:
         require_calibration(corpus.calibration, model)
     tokenizer.save_pretrained(folder.prepared / "tokenizer")
     (folder.prepared / "weights.sha256").write_text(hash_weights(model))

@@ -80,7 +80,9 @@ Axis = TypeAliasType(
 class Space(Value):
     """The axes of the search: fields of `shoal.recipe.Recipe` and `Distillation`, each a constant or an axis."""
 
-    num_replaced: Axis[int]
+    num_replaced: Axis[int] = 0
+    parameters: Axis[float | None] = None
+    parts: Axis[bool] = False
     kind: Axis[KindName] = "linear"
     selection: Axis[Selection] = "linearity"
     fit: Axis[Fit] = "in_order"
@@ -131,6 +133,11 @@ class Space(Value):
         """All temperatures that a trial can ask the dense model's targets for."""
         axis = self.temperature
         return tuple(sorted({1.0, *(list_ends(axis) if isinstance(axis, Choice | Range) else (axis,))}))
+
+    @property
+    def replaces_blocks(self) -> bool:
+        """Whether some recipe of the space replaces blocks."""
+        return self.parameters is not None or bool(self.highest("num_replaced"))
 
     def highest(self, name: str) -> float:
         """The largest value that an axis or constant can take."""

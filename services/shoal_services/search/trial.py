@@ -30,6 +30,7 @@ from shoal.progress import Listener, ignore
 from shoal.recipe import Distillation, Recipe, TaskScore, fingerprint
 from shoal.replace.maps import Replacement, apply_replacement
 from shoal.text.corpus import Corpus
+from shoal.units import whole_blocks
 from transformers import PreTrainedModel
 
 from shoal_services.search.config import SearchConfig
@@ -145,11 +146,11 @@ class Trial:
         """The replacement from `fits/`, put there by rank 0 of the first trial that needs it."""
         file = self.folder.fits / f"{_fit_key(recipe)}.safetensors"
         if self.is_writer and not file.exists():
-            chosen = choose(recipe, model, corpus, preparation)
+            chosen = choose(recipe, model, corpus, preparation, listen=self.listen)
             fit(chosen, model, corpus.calibration, preparation.moments, listen=self.listen).save(file)
         wait_for(file)  # hours, with a large model
         replacement = Replacement.load(file)
-        return recipe.model_copy(update={"blocks": replacement.blocks}), replacement
+        return recipe.model_copy(update={"blocks": replacement.units, "num_replaced": len(replacement.units)}), replacement
 
     def _distil(
         self, recipe: Recipe, student: PreTrainedModel, model: PreTrainedModel, corpus: Corpus,
@@ -165,7 +166,7 @@ class Trial:
             return student
         run = DistillationRun(
             student, model, make_lesson(corpus, preparation), self._spare_memory(recipe.distillation),
-            replaced=recipe.blocks or (), keep_zeros=recipe.sparsity is not None, seed=recipe.seed,
+            replaced=whole_blocks(recipe.blocks or ()), keep_zeros=recipe.sparsity is not None, seed=recipe.seed,
         )  # fmt: skip
         self._train(run, num_parameters)
         return run.finish()
@@ -215,7 +216,7 @@ class Trial:
 
 def _fit_key(recipe: Recipe) -> str:
     """Equal for recipes that have the same replacement before distillation."""
-    fields = {"num_replaced", "blocks", "kind", "rank", "selection", "fit", "refit", "ridge"}
+    fields = {"num_replaced", "parameters", "parts", "blocks", "kind", "rank", "selection", "fit", "refit", "ridge"}
     return fingerprint(recipe.model_dump(mode="json", include=fields))
 
 
