@@ -55,7 +55,7 @@ def render(
 def check(
     folder: Annotated[Path, typer.Argument(help="Kustomization, folder or file of manifests; - for standard input.")],
     crds: Annotated[
-        Path | None, typer.Option(envvar="SHOAL_KUBERAY_CRDS", help="Folder of KubeRay's CRDs: unknown fields are errors.")
+        Path | None, typer.Option(envvar="SHOAL_KUBERAY_CRDS", help="Folder of CRDs of another KubeRay than 1.7.")
     ] = None,
 ) -> None:
     """Check manifests before a cluster sees them; exit code 1 if anything is wrong.
