@@ -73,8 +73,11 @@ def check(
     from shoal_services.k8s.manifests import parse_manifests, read_manifests
 
     stdin = str(folder) == "-"
-    manifests = parse_manifests(sys.stdin.read(), "standard input") if stdin else read_manifests(folder)
-    problems = check_manifests(manifests, crds)
+    try:
+        manifests = parse_manifests(sys.stdin.read(), "standard input") if stdin else read_manifests(folder)
+        problems = check_manifests(manifests, crds)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}: the checks need pip install 'shoal[k8s]'") from error
     for problem in problems:
         print(problem)
     if problems:
