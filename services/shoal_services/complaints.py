@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -54,10 +54,15 @@ def _known_keys(model: type[BaseModel], path: list[Any]) -> list[str]:
     if path and path[-1] in AXIS_TAGS:
         return ["choice", *RANGES]
     for part in path:
-        nested = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
+        if isinstance(part, int):  # an item of a list, whose field led to its model
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        nested = [
+            kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        if not nested:
             return []
-        model = nested
+        model = nested[0]
     return list(model.model_fields)
 
 

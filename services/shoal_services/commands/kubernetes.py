@@ -55,7 +55,7 @@ def render(
 def check(
     folder: Annotated[Path, typer.Argument(help="Kustomization, folder or file of manifests; - for standard input.")],
     crds: Annotated[
-        Path | None, typer.Option(envvar="SHOAL_KUBERAY_CRDS", help="Folder of KubeRay's CRDs: unknown fields are errors.")
+        Path | None, typer.Option(envvar="SHOAL_KUBERAY_CRDS", help="Folder of CRDs of another KubeRay than 1.7.")
     ] = None,
 ) -> None:
     """Check manifests before a cluster sees them; exit code 1 if anything is wrong.
@@ -73,8 +73,11 @@ def check(
     from shoal_services.k8s.manifests import parse_manifests, read_manifests
 
     stdin = str(folder) == "-"
-    manifests = parse_manifests(sys.stdin.read(), "standard input") if stdin else read_manifests(folder)
-    problems = check_manifests(manifests, crds)
+    try:
+        manifests = parse_manifests(sys.stdin.read(), "standard input") if stdin else read_manifests(folder)
+        problems = check_manifests(manifests, crds)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}: the checks need pip install 'shoal[k8s]'") from error
     for problem in problems:
         print(problem)
     if problems:

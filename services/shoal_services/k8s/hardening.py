@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 
-from shoal_services.k8s.manifests import Manifest, Pod, Problem, iter_clusters, iter_pods, name_of
+from shoal_services.k8s.manifests import Manifest, Pod, Problem, iter_clusters, iter_items, iter_pods, name_of
 from shoal_services.search.portable import find_secrets
 
 SECRET_NAME = re.compile(r"(PASSWORD|TOKEN|SECRET|CREDENTIAL|API_?KEY)", re.IGNORECASE)
+POD_CONTEXT = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+CONTAINER_CONTEXT = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 HOST_ACCESS = ("hostNetwork", "hostPID", "hostIPC")
 
 
@@ -23,7 +26,7 @@ def check_hardening(manifests: list[Manifest]) -> list[Problem]:
             labels = manifest["metadata"].get("labels", {})
             if labels.get("pod-security.kubernetes.io/enforce") != "restricted":
                 problems.append(Problem("hardening", where, "pod-security.kubernetes.io/enforce must be 'restricted'"))
-        for text in _list_texts(manifest):
+        for text in (value for _, value in iter_items(manifest) if isinstance(value, str)):
             for secret in find_secrets(text):
                 problems.append(Problem("secrets", where, f"a password or token stands in {secret!r}; refer to a Secret"))
             if "trust_remote_code" in text:
@@ -38,13 +41,10 @@ def check_hardening(manifests: list[Manifest]) -> list[Problem]:
 def _check_pod(pod: Pod) -> Iterator[str]:
     spec = pod.template["spec"]
     context = spec.get("securityContext", {})
-    for name in HOST_ACCESS:
-        if spec.get(name):
-            yield f"{name} is not allowed"
-    if not context.get("runAsNonRoot") or not context.get("runAsUser"):
-        yield "securityContext must say runAsNonRoot: true, and runAsUser other than 0"
-    if context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
-        yield "securityContext.seccompProfile.type must be RuntimeDefault"
+    yield from (f"{name} is not allowed" for name in HOST_ACCESS if spec.get(name))
+    yield from _list_differences(context, POD_CONTEXT)
+    if not context.get("runAsUser"):
+        yield "securityContext.runAsUser must be given, and other than 0"
     if not _needs_api(pod) and spec.get("automountServiceAccountToken") is not False:
         yield "automountServiceAccountToken must be false: nothing here speaks to Kubernetes' API"
     if "terminationGracePeriodSeconds" not in spec:
@@ -55,26 +55,23 @@ def _check_pod(pod: Pod) -> Iterator[str]:
         if "emptyDir" in volume and "sizeLimit" not in (volume["emptyDir"] or {}):
             yield f"volume {volume['name']!r}: an emptyDir needs a sizeLimit, or it fills the node's disk"
     for container in pod.containers:
-        yield from _check_container(container)
+        context = container.get("securityContext", {})
+        yield from (f"container {container['name']!r}: {said}" for said in _list_differences(context, CONTAINER_CONTEXT))
+        if context.get("runAsUser") == 0:
+            yield f"container {container['name']!r}: securityContext.runAsUser must not be 0"
     yield from _check_probes(pod)
+
+
+def _list_differences(context: Manifest, wanted: Manifest) -> Iterator[str]:
+    for key, value in wanted.items():
+        if context.get(key) != value:
+            yield f"securityContext.{key} must be {json.dumps(value)}"
 
 
 def _needs_api(pod: Pod) -> bool:
     """Ray's autoscaler, beside the head, makes and removes pods."""
     scaling = any(cluster.get("enableInTreeAutoscaling") for cluster in iter_clusters(pod.owner))
     return scaling and pod.part == "head group"
-
-
-def _check_container(container: Manifest) -> Iterator[str]:
-    name, context = container["name"], container.get("securityContext", {})
-    if context.get("allowPrivilegeEscalation") is not False or context.get("privileged"):
-        yield f"container {name!r}: allowPrivilegeEscalation must be false"
-    if context.get("capabilities", {}).get("drop") != ["ALL"] or context.get("capabilities", {}).get("add"):
-        yield f"container {name!r}: capabilities.drop must be [ALL]"
-    if context.get("readOnlyRootFilesystem") is not True:
-        yield f"container {name!r}: readOnlyRootFilesystem must be true"
-    if context.get("runAsUser") == 0:
-        yield f"container {name!r}: runAsUser must not be 0"
 
 
 def _check_probes(pod: Pod) -> Iterator[str]:
@@ -93,14 +90,3 @@ def _check_variables(pod: Pod) -> Iterator[str]:
             value = variable.get("value", "")
             if SECRET_NAME.search(variable["name"]) and value and not re.fullmatch(r"\$\([A-Z_]+\)", value):
                 yield f"container {container['name']!r}: {variable['name']} stands in the manifest; refer to a Secret"
-
-
-def _list_texts(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _list_texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _list_texts(inner)

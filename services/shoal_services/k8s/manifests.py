@@ -123,6 +123,14 @@ def iter_pods(manifest: Manifest) -> Iterator[Pod]:
         yield Pod(manifest, "submitter", manifest["spec"]["submitterPodTemplate"])
 
 
+def iter_items(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, however deep; the items of a list have the key ''."""
+    inside = value.items() if isinstance(value, dict) else [("", item) for item in value] if isinstance(value, list) else ()
+    for key, inner in inside:
+        yield key, inner
+        yield from iter_items(inner)
+
+
 def _descend(value: Any, path: tuple[str, ...]) -> Any:
     for key in path:
         value = (value or {}).get(key)
@@ -156,15 +164,10 @@ def _set_namespace(manifest: Manifest, namespace: str | None) -> None:
         manifest["metadata"]["namespace"] = namespace
 
 
-def _set_images(value: Any, images: dict[str, dict[str, str]]) -> None:
+def _set_images(manifest: Manifest, images: dict[str, dict[str, str]]) -> None:
     """Gives images another name or tag wherever containers are, as kustomize does."""
-    if isinstance(value, list):
-        for item in value:
-            _set_images(item, images)
-    elif isinstance(value, dict):
-        for container in [*value.get("containers", []), *value.get("initContainers", [])] if images else []:
+    for key, containers in iter_items(manifest):
+        for container in containers if key in ("containers", "initContainers") else ():
             name, _, tag = container["image"].partition(":")
             if change := images.get(name):
                 container["image"] = f"{change.get('newName', name)}:{change.get('newTag', tag)}"
-        for inner in value.values():
-            _set_images(inner, images)

@@ -55,8 +55,8 @@ def _check_cluster(manifest: Manifest, cluster: Manifest) -> Iterator[str]:
         yield "autoscalerOptions.version must say v2, the autoscaler that counts with what Ray has placed"
     if not scaling and "autoscalerOptions" in cluster:
         yield "autoscalerOptions without enableInTreeAutoscaling: true do nothing"
-    for part, template in _list_templates(cluster):
-        policy = template["spec"].get("restartPolicy")
+    for part, group in _list_groups(cluster):
+        policy = group["template"]["spec"].get("restartPolicy")
         if scaling and policy not in (None, "Never"):
             yield f"{part}: restartPolicy {policy!r} does not go with autoscaler v2; say Never"
     yield from _check_gcs(manifest, cluster)
@@ -68,33 +68,26 @@ def _check_gcs(manifest: Manifest, cluster: Manifest) -> Iterator[str]:
         return
     if GCS_ANNOTATION in manifest["metadata"].get("annotations", {}):
         yield f"annotation {GCS_ANNOTATION} and gcsFaultToleranceOptions exclude each other; leave the annotation out"
-    for part, template in _list_templates(cluster):
-        names = {variable["name"] for container in template["spec"]["containers"] for variable in container.get("env", [])}
+    for part, group in _list_groups(cluster):
+        containers = group["template"]["spec"]["containers"]
+        names = {variable["name"] for container in containers for variable in container.get("env", [])}
         for name in sorted(names & REDIS_VARIABLES):
             yield f"{part}: {name} is set by gcsFaultToleranceOptions; leave the variable out"
 
 
 def _check_groups(cluster: Manifest) -> Iterator[str]:
-    groups = [("head group", cluster["headGroupSpec"])]
-    groups += [(f"worker group {group.get('groupName')}", group) for group in cluster.get("workerGroupSpecs", [])]
-    for part, group in groups:
+    for part, group in _list_groups(cluster):
         parameters = group.get("rayStartParams", {})
         if "labels" in parameters:
             yield f"{part}: rayStartParams.labels is refused; use the group's labels"
         if "resources" in group and RESOURCE_PARAMS & set(parameters):
             yield f"{part}: resources and rayStartParams.{min(RESOURCE_PARAMS & set(parameters))} exclude each other"
-        if any(not isinstance(value, str) for value in parameters.values()):
-            yield f"{part}: rayStartParams are strings; quote numbers"
     if cluster["headGroupSpec"].get("rayStartParams", {}).get("num-cpus") != "0":
         yield 'head group: rayStartParams.num-cpus must be "0", or work takes the memory of Ray\'s own processes'
-    for part, group in groups[1:]:
-        least, most, now = (group.get(key) for key in ("minReplicas", "maxReplicas", "replicas"))
-        if least is None or most is None:
-            yield f"{part}: minReplicas and maxReplicas must be given"
-        elif not least <= (now if now is not None else least) <= most:
+    for part, group in _list_groups(cluster)[1:]:
+        least, most = group["minReplicas"], group["maxReplicas"]
+        if not least <= (now := group.get("replicas", least)) <= most:
             yield f"{part}: minReplicas {least} ≤ replicas {now} ≤ maxReplicas {most} does not hold"
-        if not group.get("groupName"):
-            yield f"{part}: groupName is missing"
 
 
 def _check_job(manifest: Manifest) -> Iterator[str]:
@@ -138,11 +131,8 @@ def _check_deletion(spec: Manifest, cluster: Manifest, ends: bool) -> Iterator[s
 
 def _check_service(manifest: Manifest) -> Iterator[str]:
     spec = manifest["spec"]
-    cluster, strategy = spec.get("rayClusterConfig"), spec.get("upgradeStrategy", {})
+    cluster, strategy = spec["rayClusterConfig"], spec.get("upgradeStrategy", {})
     kind, options = strategy.get("type", "NewCluster"), strategy.get("clusterUpgradeOptions", {})
-    if cluster is None:
-        yield "rayClusterConfig must be given"
-        return
     if cluster["headGroupSpec"].get("headService", {}).get("metadata", {}).get("name"):
         yield "headService must have no name: two clusters live side by side while one replaces the other"
     if kind not in UPGRADES:
@@ -158,7 +148,6 @@ def _check_service(manifest: Manifest) -> Iterator[str]:
         yield "gcsFaultToleranceOptions.externalStorageNamespace must be unset: the next cluster would share the state"
 
 
-def _list_templates(cluster: Manifest) -> list[tuple[str, Manifest]]:
-    groups = [("head group", cluster["headGroupSpec"])]
-    groups += [(f"worker group {group.get('groupName')}", group) for group in cluster.get("workerGroupSpecs", [])]
-    return [(part, group["template"]) for part, group in groups]
+def _list_groups(cluster: Manifest) -> list[tuple[str, Manifest]]:
+    workers = [(f"worker group {group['groupName']}", group) for group in cluster.get("workerGroupSpecs", [])]
+    return [("head group", cluster["headGroupSpec"]), *workers]

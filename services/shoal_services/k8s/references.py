@@ -8,7 +8,8 @@ from importlib.metadata import version
 from typing import Any
 
 from shoal_services.complaints import suggest
-from shoal_services.k8s.manifests import CLUSTERS, Manifest, Pod, Problem, iter_clusters, iter_pods, name_of
+from shoal_services.k8s.manifests import CLUSTERS, Manifest, Pod, Problem, iter_clusters, iter_items, iter_pods, name_of
+from shoal_services.k8s.render import LABELS, MOUNT
 from shoal_services.k8s.serve_config import SERVE_PORT, read_applications
 
 # Made by hand before anything is applied, as README.md says; their values are in no manifest.
@@ -20,10 +21,8 @@ SECRETS = {
     "shoal-hub": {"token"},
 }
 URL = re.compile(r"https?://([a-z][-a-z0-9.]*)(?::(\d+))?")
-MOUNT = "/mnt/shoal"
 # Searches come and go with `shoal k8s render`; policies for their pods are there before.
-SEARCH_LABELS = {"app.kubernetes.io/part-of": "shoal", "app.kubernetes.io/component": "search"}
-SEARCH_POD = Pod({}, "", {"metadata": {"labels": SEARCH_LABELS}})
+SEARCH_POD = Pod({}, "", {"metadata": {"labels": LABELS}})
 
 
 def check_references(manifests: list[Manifest]) -> list[Problem]:
@@ -33,7 +32,7 @@ def check_references(manifests: list[Manifest]) -> list[Problem]:
         *_check_names(manifests),
         *_check_images(manifests, pods),
         *_check_volumes(manifests, pods),
-        *_check_secrets(manifests, pods),
+        *_check_secrets(manifests),
         *_check_urls(manifests, pods),
         *_check_selectors(manifests, pods),
     ]
@@ -74,38 +73,32 @@ def _check_images(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Proble
 
 
 def _check_volumes(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Problem]:
-    claims, config_maps, accounts = (_names(manifests, k) for k in ("PersistentVolumeClaim", "ConfigMap", "ServiceAccount"))
+    known = {kind: _names(manifests, kind) for kind in ("PersistentVolumeClaim", "ConfigMap", "ServiceAccount")}
     templates = {
         template["metadata"]["name"]
         for manifest in manifests
         for template in manifest.get("spec", {}).get("volumeClaimTemplates", [])
     }
-    shared: dict[str, set[str]] = {}
+    users: dict[str, set[str]] = {}
     for pod in pods:
-        spec, volumes = pod.template["spec"], {volume["name"]: volume for volume in pod.template["spec"].get("volumes", [])}
-        account = spec.get("serviceAccountName")
-        if account not in accounts:
-            yield Problem(
-                "references", pod.where, f"serviceAccountName {account!r} is not there{suggest(str(account), accounts)}"
-            )
-        for volume in volumes.values():
-            claim = volume.get("persistentVolumeClaim", {}).get("claimName")
-            config_map = volume.get("configMap", {}).get("name")
-            if claim and claim not in claims:
-                yield Problem("references", pod.where, f"claim {claim!r} is not there{suggest(claim, claims)}")
-            if config_map and config_map not in config_maps:
-                yield Problem(
-                    "references", pod.where, f"ConfigMap {config_map!r} is not there{suggest(config_map, config_maps)}"
-                )
-            if claim:
-                shared.setdefault(claim, set()).add(pod.where)
+        spec = pod.template["spec"]
+        volumes = spec.get("volumes", [])
+        claims = [v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v]
+        wanted = [
+            ("ServiceAccount", spec.get("serviceAccountName")),
+            *(("PersistentVolumeClaim", claim) for claim in claims),
+        ]
+        wanted += [("ConfigMap", volume["configMap"].get("name")) for volume in volumes if "configMap" in volume]
+        for kind, name in wanted:
+            if name not in known[kind]:
+                yield Problem("references", pod.where, f"{kind} {name!r} is not there{suggest(str(name), known[kind])}")
+        for claim in claims:
+            users.setdefault(claim, set()).add(pod.where)
         for container in pod.containers:
-            yield from _check_mounts(pod, container, set(volumes) | templates)
-    for claim, users in shared.items():
-        if len(users) > 1 and claim in claims and "ReadWriteMany" not in claims[claim]["spec"]["accessModes"]:
-            yield Problem(
-                "storage", f"PersistentVolumeClaim/{claim}", f"{len(users)} pods mount it: it must be ReadWriteMany"
-            )
+            yield from _check_mounts(pod, container, {volume["name"] for volume in volumes} | templates)
+    for claim, manifest in known["PersistentVolumeClaim"].items():
+        if len(mounted := users.get(claim, ())) > 1 and "ReadWriteMany" not in manifest["spec"]["accessModes"]:
+            yield Problem("storage", name_of(manifest), f"{len(mounted)} pods mount it: it must be ReadWriteMany")
 
 
 def _check_mounts(pod: Pod, container: Manifest, known: set[str]) -> Iterator[Problem]:
@@ -118,37 +111,31 @@ def _check_mounts(pod: Pod, container: Manifest, known: set[str]) -> Iterator[Pr
             yield Problem("storage", pod.where, f"shared storage is at {storage!r}; it must be at {MOUNT} in every Ray pod")
 
 
-def _check_secrets(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Problem]:
+def _check_secrets(manifests: list[Manifest]) -> Iterator[Problem]:
     """References lead to secrets and keys that README.md tells to make."""
-    for pod in pods:
-        for container in pod.containers:
-            for variable in container.get("env", []):
-                if reference := variable.get("valueFrom", {}).get("secretKeyRef"):
-                    yield from _check_secret(pod.where, reference["name"], reference["key"])
-        for volume in pod.template["spec"].get("volumes", []):
-            if name := volume.get("secret", {}).get("secretName"):
-                for item in volume["secret"].get("items", [{}]):
-                    yield from _check_secret(pod.where, name, item.get("key"))
     for manifest in manifests:
-        for cluster in iter_clusters(manifest):
-            if name := cluster.get("authOptions", {}).get("secretName"):
-                yield from _check_secret(name_of(manifest), name, "auth_token")
-
-
-def _check_secret(where: str, name: str, key: str | None) -> Iterator[Problem]:
-    if name not in SECRETS:
-        yield Problem(
-            "references", where, f"secret {name!r} is not one that README.md tells to make{suggest(name, SECRETS)}"
-        )
-    elif key is not None and key not in SECRETS[name]:
-        yield Problem("references", where, f"secret {name!r} has no key {key!r}{suggest(key, SECRETS[name])}")
+        for place, value in iter_items(manifest):
+            if place == "secretKeyRef":
+                keys = [(value["name"], value["key"])]
+            elif place == "secret" and "secretName" in value:
+                keys = [(value["secretName"], item.get("key")) for item in value.get("items", [{}])]
+            elif place == "authOptions" and "secretName" in value:
+                keys = [(value["secretName"], "auth_token")]
+            else:
+                continue
+            for name, key in keys:
+                if name not in SECRETS:
+                    said = f"secret {name!r} is not one that README.md tells to make{suggest(name, SECRETS)}"
+                    yield Problem("references", name_of(manifest), said)
+                elif key is not None and key not in SECRETS[name]:
+                    said = f"secret {name!r} has no key {key!r}{suggest(key, SECRETS[name])}"
+                    yield Problem("references", name_of(manifest), said)
 
 
 def _check_urls(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Problem]:
     """Service names in URLs exist, on these ports; the port of a service is one that its pods open."""
     services = _names(manifests, "Service")
-    texts = [(name_of(m), text) for m in manifests for text in _list_urls_of(m)]
-    for where, text in texts:
+    for where, text in [(name_of(m), text) for m in manifests for text in _list_urls_of(m)]:
         for host, port in URL.findall(text):
             name = host.split(".")[0]
             if "." in host and not host.endswith((".svc", ".svc.cluster.local")):
@@ -157,21 +144,14 @@ def _check_urls(manifests: list[Manifest], pods: list[Pod]) -> Iterator[Problem]
                 yield Problem("references", where, f"{text!r}: there is no service {name!r}{suggest(name, services)}")
             elif port and int(port) not in {p["port"] for p in services[name]["spec"]["ports"]}:
                 yield Problem("references", where, f"{text!r}: service {name!r} has no port {port}")
-    for name, service in services.items():
-        opened = {
-            key
-            for pod in pods
-            if _matches({"matchLabels": service["spec"].get("selector", {})}, pod)
-            for container in pod.containers
-            for port in container.get("ports", [])
-            for key in (port.get("name"), port["containerPort"])
-        }
+    for service in services.values():
+        served = [pod for pod in pods if _matches({"matchLabels": service["spec"].get("selector", {})}, pod)]
+        ports = [port for pod in served for container in pod.containers for port in container.get("ports", [])]
+        opened = {key for port in ports for key in (port.get("name"), port["containerPort"])}
         for port in service["spec"]["ports"]:
-            target = port.get("targetPort", port["port"])
-            if target not in opened:
-                yield Problem(
-                    "references", f"Service/{name}", f"port {port['port']} leads to {target!r}, which no pod opens"
-                )
+            if (target := port.get("targetPort", port["port"])) not in opened:
+                said = f"port {port['port']} leads to {target!r}, which no pod opens"
+                yield Problem("references", name_of(service), said)
 
 
 def _list_urls_of(manifest: Manifest) -> list[str]:

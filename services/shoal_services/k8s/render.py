@@ -13,13 +13,13 @@ from typing import Any
 import yaml
 
 from shoal_services.k8s.manifests import Manifest
+from shoal_services.k8s.operator_rules import MAX_NAME
 from shoal_services.search.config import Run, SearchConfig
 from shoal_services.search.portable import refuse_secrets, require_mounted, require_reachable
 
 MOUNT = "/mnt/shoal"
 CONFIG_FOLDER = "/etc/shoal/search"
-# KubeRay's limit, so that what it derives from the name fits a label.
-MAX_NAME = 47
+LABELS = {"app.kubernetes.io/part-of": "shoal", "app.kubernetes.io/component": "search"}
 HEAD = {"cpu": "2", "memory": "8Gi"}
 SUBMITTER = {"cpu": "500m", "memory": "512Mi"}
 GRACE_S = 60
@@ -62,28 +62,27 @@ def render_search(config: SearchConfig, text: str, place: Place) -> list[Manifes
     """
     storage, tracking_uri = check_search(config, text, place)
     name = f"search-{re.sub('[^a-z0-9]+', '-', config.name.lower()).strip('-')}"
-    if len(name) > MAX_NAME:
+    if len(name) > MAX_NAME["RayJob"]:
         raise ValueError(f"name: {config.name!r} is too long for a RayJob ({len(name)} letters); choose one of 40 or fewer")
-    labels = {"app.kubernetes.io/part-of": "shoal", "app.kubernetes.io/component": "search"}
-    metadata = {"name": name, "namespace": place.namespace, "labels": labels}
+    metadata = {"name": name, "namespace": place.namespace, "labels": LABELS}
     config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"search.yaml": text}}
     queue = {"kueue.x-k8s.io/queue-name": place.queue} if place.queue else {}
     job = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
-        "metadata": {**metadata, "labels": labels | queue},
+        "metadata": {**metadata, "labels": LABELS | queue},
         "spec": {
             "entrypoint": f"shoal search {CONFIG_FOLDER}/search.yaml --address auto --storage {shlex.quote(storage)} "
             f"--tracking-uri {shlex.quote(tracking_uri)}",
             "submissionMode": "K8sJobMode",
             "submitterConfig": {"backoffLimit": 5},
-            "submitterPodTemplate": _make_submitter(place, labels),
+            "submitterPodTemplate": _make_submitter(place),
             # A search goes on where it stopped: another cluster may finish it.
             "backoffLimit": 2,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "preRunningDeadlineSeconds": 1800,
-            "rayClusterSpec": _make_cluster(config.run, name, place, labels),
+            "rayClusterSpec": _make_cluster(config.run, name, place),
         },
     }
     return [config_map, job]
@@ -126,7 +125,7 @@ def write_yaml(manifests: list[Manifest]) -> str:
     return yaml.dump_all(manifests, Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
-def _make_cluster(run: Run, name: str, place: Place, labels: dict[str, str]) -> Manifest:
+def _make_cluster(run: Run, name: str, place: Place) -> Manifest:
     replicas, resources = size_workers(run, place)
     config = {"name": "config", "configMap": {"name": name}}
     group = {
@@ -135,7 +134,7 @@ def _make_cluster(run: Run, name: str, place: Place, labels: dict[str, str]) -> 
         "minReplicas": replicas,
         "maxReplicas": replicas,
         "rayStartParams": {},
-        "template": make_pod(_make_container("ray-worker", place, resources), labels, _find_volumes(place)),
+        "template": make_pod(_make_container("ray-worker", place, resources), _find_volumes(place)),
     }
     head = _make_container("ray-head", place, HEAD)
     head["ports"] = [{"name": n, "containerPort": p} for n, p in {"gcs": 6379, "dashboard": 8265, "metrics": 8080}.items()]
@@ -146,7 +145,7 @@ def _make_cluster(run: Run, name: str, place: Place, labels: dict[str, str]) -> 
         "headGroupSpec": {
             # The head holds Ray's own processes and the search's; work goes to the workers.
             "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
-            "template": make_pod(head, labels, [*_find_volumes(place), config]),
+            "template": make_pod(head, [*_find_volumes(place), config]),
         },
         "workerGroupSpecs": [group],
     }
@@ -162,10 +161,10 @@ def size_workers(run: Run, place: Place) -> tuple[int, dict[str, str]]:
     return math.ceil(total / per_pod), resources
 
 
-def make_pod(container: Manifest, labels: dict[str, str], volumes: list[Manifest]) -> Manifest:
+def make_pod(container: Manifest, volumes: list[Manifest]) -> Manifest:
     """A pod template that the `restricted` Pod Security Standard admits."""
     return {
-        "metadata": {"labels": labels},
+        "metadata": {"labels": LABELS},
         "spec": {
             "serviceAccountName": "shoal-ray",
             "automountServiceAccountToken": False,
@@ -210,8 +209,8 @@ def _find_volumes(place: Place) -> list[Manifest]:
     return [storage, {"name": "tmp", "emptyDir": {"sizeLimit": place.scratch}}]
 
 
-def _make_submitter(place: Place, labels: dict[str, str]) -> Manifest:
+def _make_submitter(place: Place) -> Manifest:
     container = _make_container("ray-job-submitter", place, SUBMITTER)
     container["env"] = container["env"][:1]
     container["volumeMounts"] = container["volumeMounts"][1:]
-    return make_pod(container, labels, _find_volumes(place)[1:])
+    return make_pod(container, _find_volumes(place)[1:])

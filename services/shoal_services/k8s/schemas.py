@@ -4,63 +4,50 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from shoal_services.complaints import suggest
-from shoal_services.k8s.manifests import CLUSTERS, Manifest, Problem, iter_clusters, iter_pods, name_of
+from shoal_services.k8s.manifests import CLUSTERS, Manifest, Problem, iter_pods, name_of
 
 KUBERNETES = "1.35"
 CUSTOM = "ray.io/v1"
-# Fields of KubeRay 1.7 by kind or place: what can be checked where its CRDs are not at hand. The YAML inside a pod
-# template is checked by Kubernetes' schema in any case.
-FIELDS = {
-    "RayJob": "activeDeadlineSeconds backoffLimit clusterSelector deletionStrategy entrypoint entrypointNumCpus "
-    "entrypointNumGpus entrypointResources jobId managedBy metadata preRunningDeadlineSeconds rayClusterSpec "
-    "runtimeEnvYAML shutdownAfterJobFinishes submissionMode submitterConfig submitterPodTemplate suspend "
-    "ttlSecondsAfterFinished",
-    "RayService": "deploymentUnhealthySecondThreshold excludeHeadPodFromServeSvc managedBy rayClusterConfig "
-    "rayClusterDeletionDelaySeconds serveConfigV2 serveService serviceUnhealthySecondThreshold suspend upgradeStrategy",
-    "RayCluster": "authOptions autoscalerOptions enableInTreeAutoscaling gcsFaultToleranceOptions headGroupSpec "
-    "headServiceAnnotations historyServerOptions managedBy networkPolicy rayVersion suspend tlsOptions upgradeStrategy "
-    "workerGroupSpecs",
-    "headGroupSpec": "enableIngress headService ingressOptions labels rayStartParams resources serviceType template",
-    "workerGroupSpecs": "groupName idleTimeoutSeconds labels maxReplicas minReplicas numOfHosts priority rayStartParams "
-    "replicas resources scaleStrategy suspend template",
-    "authOptions": "enableK8sTokenAuth mode secretName",
-    "autoscalerOptions": "args command env envFrom idleTimeoutSeconds image imagePullPolicy resources securityContext "
-    "upscalingMode version volumeMounts",
-}
+# `json.dumps(read_crds(FOLDER))` of KubeRay 1.7 (Apache-2.0), whose CRDs are a hundred times as long.
+KUBERAY = Path(__file__).with_name("kuberay.json")
 
 
-def check_schemas(manifests: list[Manifest], crds: dict[str, Any]) -> list[Problem]:
+def check_schemas(manifests: list[Manifest], crds: Path | None = None) -> list[Problem]:
     """Unknown fields, missing ones and wrong types. Raises ImportError without kubernetes-validate."""
+    schemas = read_crds(crds) if crds else json.loads(KUBERAY.read_text(encoding="utf-8"))
     problems = []
     for manifest in manifests:
         if manifest.get("apiVersion") != CUSTOM:
             problems += _check_core(manifest, name_of(manifest))
             continue
-        mine = _check_custom(manifest, crds)
+        mine = _check_custom(manifest, schemas)
         problems += mine
         for pod in iter_pods(manifest) if not mine else ():
-            as_pod = {"apiVersion": "v1", "kind": "Pod", **pod.template}
-            problems += _check_core(as_pod, pod.where)
+            problems += _check_core({"apiVersion": "v1", "kind": "Pod", **pod.template}, pod.where)
     return problems
 
 
 def read_crds(folder: Path) -> dict[str, Any]:
-    """Kind → closed JSON schema of its v1: fields it does not name are errors. Raises ValueError if there is none."""
+    """Kind → closed JSON schema of its v1: fields it does not name are errors. Raises ValueError if one is missing."""
     schemas = {}
     for file in sorted(folder.glob("*.yaml")):
         definition = yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        if definition.get("kind") == "CustomResourceDefinition":
+        if definition.get("kind") == "CustomResourceDefinition" and definition["spec"]["names"]["kind"] in CLUSTERS:
             (schema,) = (v["schema"] for v in definition["spec"]["versions"] if v["name"] == "v1")
             schemas[definition["spec"]["names"]["kind"]] = _close(schema["openAPIV3Schema"])
-    if not schemas:
-        raise ValueError(f"{str(folder)!r} holds no CustomResourceDefinition; give the folder of KubeRay's CRD files")
+    if missing := sorted(set(CLUSTERS) - set(schemas)):
+        raise ValueError(
+            f"{str(folder)!r} holds no CustomResourceDefinition of {missing[0]}; give the folder of KubeRay's CRD files"
+        )
+    for kind, path in CLUSTERS.items():
+        for key in path:
+            schemas[kind]["properties"]["spec"]["properties"][key] = {"$ref": "#/$defs/RayCluster/properties/spec"}
     return schemas
 
 
@@ -79,55 +66,46 @@ def _find_core_complaint(text: str) -> str | None:
     try:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
-        path = ".".join(str(part) for part in error.path)
-        return f"{path}: {error.message}" if path else error.message
+        return _explain(error)
     except kubernetes_validate.SchemaNotFoundError:
         kind = f"{manifest.get('apiVersion')} {manifest.get('kind')}"
         return f"Kubernetes {KUBERNETES} has no {kind}; check apiVersion and kind"
     return None
 
 
-def _check_custom(manifest: Manifest, crds: dict[str, Any]) -> list[Problem]:
-    if manifest["kind"] not in CLUSTERS:
-        message = f"{CUSTOM} has no {manifest['kind']}{suggest(manifest['kind'], CLUSTERS)}"
-        return [Problem("schema", name_of(manifest), message)]
-    unknown = [Problem("schema", name_of(manifest), complaint) for complaint in _find_unknown(manifest)]
-    if unknown or not crds:
-        return unknown
+def _check_custom(manifest: Manifest, schemas: dict[str, Any]) -> list[Problem]:
     import jsonschema
 
-    errors = jsonschema.Draft202012Validator(crds[manifest["kind"]]).iter_errors(manifest)
-    return [
-        Problem(
-            "schema", name_of(manifest), f"{'.'.join(str(part) for part in error.absolute_path)}: {error.message[:300]}"
-        )
-        for error in errors
-    ]
+    kind, where = manifest["kind"], name_of(manifest)
+    if kind not in schemas:
+        return [Problem("schema", where, f"there is no schema for {CUSTOM} {kind}{suggest(kind, schemas)}")]
+    validator = jsonschema.Draft202012Validator({"$ref": f"#/$defs/{kind}", "$defs": schemas})
+    return [Problem("schema", where, _explain(error)) for error in validator.iter_errors(manifest)]
 
 
-def _find_unknown(manifest: Manifest) -> Iterator[str]:
-    places = [(manifest["kind"], manifest.get("spec") or {})]
-    for cluster in iter_clusters(manifest):
-        places += [("RayCluster", cluster)] if manifest["kind"] != "RayCluster" else []
-        places += [
-            (name, cluster[name]) for name in ("headGroupSpec", "authOptions", "autoscalerOptions") if name in cluster
-        ]
-        places += [("workerGroupSpecs", group) for group in cluster.get("workerGroupSpecs", [])]
-    for place, value in places:
-        known = FIELDS[place].split()
-        yield from (f"unknown field {key!r} in {place}{suggest(key, known)}" for key in value if key not in known)
+def _explain(error: Any) -> str:
+    """A validation error's place and text, with the nearest known field for each that is unknown."""
+    path, known = ".".join(str(part) for part in error.absolute_path), error.schema.get("properties", {})
+    unknown = [key for key in error.instance if key not in known] if error.validator == "additionalProperties" else []
+    return f"{path}{': ' if path else ''}{error.message[:300]}{''.join(suggest(key, known) for key in unknown)}"
 
 
 def _close(schema: Any) -> Any:
-    """The schema with unknown fields forbidden, and Kubernetes' own words for types put into JSON schema's."""
+    """The schema with unknown fields forbidden, in JSON schema's own words, without what no check needs.
+
+    Kubernetes' schema checks pod templates; a status is the operator's.
+    """
     if isinstance(schema, list):
         return [_close(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
-    closed = {key: _close(value) for key, value in schema.items() if key not in ("default", "properties")}
-    if "properties" in schema:
-        closed["properties"] = {name: _close(inner) for name, inner in schema["properties"].items()}
+    properties = schema.get("properties", {})
+    if "containers" in properties.get("spec", {}).get("properties", {}):
+        return {"type": "object", "required": ["spec"]}
+    closed = {key: _close(value) for key, value in schema.items() if key not in ("default", "format", "properties")}
+    if properties:
+        closed["properties"] = {name: {} if name == "status" else _close(inner) for name, inner in properties.items()}
         closed.setdefault("additionalProperties", bool(schema.get("x-kubernetes-preserve-unknown-fields")))
     return closed

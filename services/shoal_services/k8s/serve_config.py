@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from shoal_services.complaints import suggest
+from shoal_services.complaints import explain_validation
 from shoal_services.k8s.manifests import Manifest, Problem, name_of
 
 BUILDER = "shoal_services.serving.app:build"
@@ -27,39 +27,20 @@ def read_applications(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _check(spec: Manifest) -> Iterator[str]:
-    from pydantic import BaseModel, ValidationError
-    from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+    from pydantic import ValidationError
+    from ray.serve.schema import ServeDeploySchema
 
     try:
         config = yaml.safe_load(spec.get("serveConfigV2", ""))
+        ServeDeploySchema.model_validate(config, extra="forbid")
     except yaml.YAMLError as error:
         yield f"serveConfigV2 is not YAML: {' '.join(str(error).split())}"
-        return
-    if not isinstance(config, dict) or not isinstance(config.get("applications"), list):
-        yield "serveConfigV2 must be a mapping with a list of applications"
-        return
-    places: list[tuple[str, Any, type[BaseModel]]] = [("serveConfigV2", config, ServeDeploySchema)]
-    places.append(("http_options", config.get("http_options", {}), HTTPOptionsSchema))
-    for application in config["applications"]:
-        places.append((f"application {application.get('name')!r}", application, ServeApplicationSchema))
-        places += [("deployment", deployment, DeploymentSchema) for deployment in application.get("deployments", [])]
-    unknown = [
-        f"unknown key {key!r} in {place}{suggest(key, model.model_fields)}"
-        for place, value, model in places
-        for key in value
-        if key not in model.model_fields
-    ]
-    yield from unknown
-    if unknown:
-        return
-    try:
-        ServeDeploySchema.model_validate(config)
     except ValidationError as error:
-        yield from (f"serveConfigV2: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        return
-    yield from _check_http(config)
-    for application in config["applications"]:
-        yield from _check_application(application)
+        yield from explain_validation(error, ServeDeploySchema, "serveConfigV2").splitlines()
+    else:
+        yield from _check_http(config)
+        for application in config["applications"]:
+            yield from _check_application(application)
 
 
 def _check_http(config: dict[str, Any]) -> Iterator[str]:
