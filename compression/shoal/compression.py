@@ -10,7 +10,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from shoal.checkpoints.load import hash_weights, is_memory_short, load_model, load_tokenizer
+from shoal.checkpoints.config import is_memory_short
+from shoal.checkpoints.hashes import hash_weights
+from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.checkpoints.store import save, save_point
 from shoal.distil.run import DistillationRun, Lesson
 from shoal.large.on_disk import copy_model
@@ -20,15 +22,17 @@ from shoal.measure.perplexity import evaluate
 from shoal.measure.size_and_speed import measure_size, measure_speeds
 from shoal.models.shorten import require_shortenable
 from shoal.models.structure import find_blocks
+from shoal.point import Evaluation, Point, Size, Speed
 from shoal.prepare import Preparation, prepare
 from shoal.progress import Listener, ignore
-from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Texts
+from shoal.recipe import Recipe
 from shoal.replace.choose import choose_blocks, make_kl_cost
 from shoal.replace.fit import fit_independent
 from shoal.replace.in_order import fit_in_order
 from shoal.replace.maps import Replacement, apply_replacement
 from shoal.text.corpus import Corpus, load_corpus
 from shoal.text.windows import TokenWindows
+from shoal.texts import Texts
 from shoal.thin.sparsify import sparsify
 from shoal.thin.svd import factor_weights
 

@@ -18,21 +18,24 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shoal.checkpoints.hashes import hash_folder
 from shoal.checkpoints.load import load_model, load_tokenizer
-from shoal.checkpoints.store import hash_folder, save
+from shoal.checkpoints.store import save
 from shoal.compression import fit, name_inputs
 from shoal.errors import Collapsed
 from shoal.files import write_text
-from shoal.linearity.moments import measure_moments
+from shoal.linearity.accumulate import measure_moments
 from shoal.linearity.scores import require_calibration
 from shoal.measure.perplexity import mean_and_error, require_two_windows
 from shoal.models.structure import is_causal
 from shoal.progress import Listener, ignore
-from shoal.recipe import Recipe, Text, Texts, Value
+from shoal.recipe import Recipe
 from shoal.replace.choose import choose_blocks
 from shoal.replace.maps import apply_replacement
 from shoal.text.corpus import load_corpus
 from shoal.text.windows import TokenWindows
+from shoal.texts import Text, Texts
+from shoal.value import Value
 
 MASKED_SHARE = 0.15  # BERT's
 BATCH_SIZE = 8

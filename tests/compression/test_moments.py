@@ -9,8 +9,10 @@ import torch
 from conftest import make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shoal.linearity.accumulate import count_held_out, measure_moments
 from shoal.linearity.gram import Gram, multiply_rows
-from shoal.linearity.moments import Moments, count_held_out, find_sinks, measure_moments, measure_norms
+from shoal.linearity.moments import Moments
+from shoal.linearity.sinks import find_sinks, measure_norms
 from shoal.models.structure import watch_boundaries
 from shoal.text.windows import TokenWindows
 

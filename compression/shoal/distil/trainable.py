@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from shoal.large.on_disk import is_on_disk
 from shoal.large.shard import Shards
 from shoal.models.modeling_shoal import LinearBlock
-from shoal.models.structure import find_blocks, list_projections
+from shoal.models.projections import list_projections
+from shoal.models.structure import find_blocks
 from shoal.recipe import Distillation
 
 NOTHING_TO_TRAIN = "there is nothing to train: trained='maps' needs kind='linear' or 'low_rank'; use trained='lora'"

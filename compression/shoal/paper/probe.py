@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.checkpoints.load import load_model, load_tokenizer, recipe_of
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.checkpoints.names import recipe_of
 from shoal.models.structure import find_blocks, watch_boundaries
 from shoal.progress import Listener, ignore
-from shoal.recipe import text_format
 from shoal.text.rows import read_rows
 from shoal.text.windows import require_embeddings
+from shoal.texts import text_format
 
 BATCH_SIZE = 16
 MAX_ITERATIONS = 1000

@@ -17,10 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from shoal.large.on_disk import in_memory, keep_off_memory, weights_on_disk
 from shoal.linearity.gram import Gram
-from shoal.linearity.moments import find_sinks, measure_norms
+from shoal.linearity.sinks import find_sinks, measure_norms
 from shoal.models.calls import Call, embed, record_calls
+from shoal.models.projections import find_down_proj, width_in
 from shoal.models.shorten import recompute_blocks
-from shoal.models.structure import find_blocks, find_down_proj, width_in
+from shoal.models.structure import find_blocks
 from shoal.recipe import Kind
 from shoal.replace.down_proj import find_gain
 from shoal.replace.fit import fit_affine, fit_down_proj

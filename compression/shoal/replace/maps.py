@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from shoal.files import write_aside
 from shoal.large.on_disk import weights_on_disk
 from shoal.models.modeling_shoal import LinearBlock, attach
+from shoal.models.projections import find_down_proj
 from shoal.models.shorten import drop_blocks
-from shoal.models.structure import check_block_indices, find_blocks, find_down_proj, holds_own_modules, text_config
+from shoal.models.structure import check_block_indices, find_blocks, holds_own_modules, text_config
 
 
 @dataclass(frozen=True)

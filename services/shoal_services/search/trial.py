@@ -25,11 +25,13 @@ from shoal.large.on_disk import copy_model
 from shoal.measure.perplexity import score_windows
 from shoal.measure.size_and_speed import measure_size, measure_speeds
 from shoal.measure.task_scores import compare_results, load_results
+from shoal.point import TaskScore
 from shoal.prepare import Preparation
 from shoal.progress import Listener, ignore
-from shoal.recipe import Distillation, Recipe, TaskScore, fingerprint
+from shoal.recipe import Distillation, Recipe
 from shoal.replace.maps import Replacement, apply_replacement
 from shoal.text.corpus import Corpus
+from shoal.value import fingerprint
 from transformers import PreTrainedModel
 
 from shoal_services.search.config import SearchConfig
