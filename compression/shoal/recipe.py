@@ -21,6 +21,8 @@ Trained = Literal["maps", "lora", "all"]
 
 Sparsity = float | Literal["2:4", "4:8"]
 
+# Of the dense model's tokens at a place, those that are kept for a student to learn from; the rest are one bucket.
+NUM_TOP = 64
 KINDS: tuple[Kind, ...] = ("linear", "low_rank", "folded", "dropped")
 
 

@@ -1,4 +1,4 @@
-"""Which texts are used, and how much of them: what is asked for (`Texts`), and what each turned out to be (`Text`)."""
+"""Which texts are used, and how much: what is asked for (`Texts`), and what each turned out to be (`Text`)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from pydantic import BeforeValidator, Field
 from shoal.value import Value
 
 TEXT_FORMATS = (".txt", ".jsonl", ".json", ".parquet")
-
-
 # Of text and JSON; parquet is packed inside.
 PACKED = (".gz", ".zst", ".bz2", ".xz")
-
-
 PACKAGED_TEXT = "wikipedia-sample"
 
 

@@ -88,7 +88,7 @@ LARGE = """
 import json, re, sys, threading
 from pathlib import Path
 import torch
-from shoal.compression import copy_model
+from shoal.large.on_disk import copy_model
 from shoal.measure.perplexity import evaluate
 from shoal.checkpoints.load import load_model
 from shoal.linearity.accumulate import measure_moments

@@ -23,6 +23,7 @@ def read_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
 
 
 def read_config_at(folder: str, extra: dict) -> PretrainedConfig:
+    """The same for what `locate` found; raises what transformers raises."""
     if "gguf_file" not in extra:
         refuse_adapter(folder, extra.get("revision"))
     arguments = {name: value for name, value in extra.items() if name != "quantization_config"}

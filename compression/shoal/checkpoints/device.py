@@ -28,6 +28,7 @@ def choose_dtype(device: torch.device) -> torch.dtype:
 
 
 def read_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of that name; None: what suits the device. Raises ValueError for another name."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     return DTYPES[dtype] if dtype else choose_dtype(device)

@@ -1,4 +1,7 @@
-"""DOC"""
+"""One streaming pass over text fills the moments, a batch at a time; of a model on disk, a block at a time.
+
+b batch, t time, d hidden size, n = b·t tokens, l boundaries.
+"""
 
 from __future__ import annotations
 

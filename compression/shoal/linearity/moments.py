@@ -1,4 +1,4 @@
-"""One streaming pass over text → mergeable first and second moments of the residual stream around every block.
+"""First and second moments of the residual stream around every block: sums over tokens, which can be added and kept.
 
 Shapes: L blocks, d hidden size, N tokens. Memory is O(L · d²), whatever N.
 

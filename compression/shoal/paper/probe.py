@@ -32,7 +32,7 @@ MAX_ITERATIONS = 1000
 
 
 @dataclass(frozen=True)
-class LabelledTexts:
+class ProbeTexts:
     """Texts, each with the class that it belongs to."""
 
     name: str
@@ -57,7 +57,7 @@ class LabelledTexts:
         return max(Counter(self.labels).values()) / len(self.labels)
 
 
-def load_labelled(source: str) -> LabelledTexts:
+def load_probe_texts(source: str) -> ProbeTexts:
     """The rows of a .jsonl or .parquet file or Hub dataset with `text` and `label` (a string, whole number or truth value).
 
     Raises ValueError that names the row for one that has not.
@@ -74,7 +74,7 @@ def load_labelled(source: str) -> LabelledTexts:
         labels.append(str(label))
     if not texts:
         raise ValueError(f"{source!r} holds no labelled text")
-    return LabelledTexts(Path(source).name if text_format(source) else source, texts, labels)
+    return ProbeTexts(Path(source).name if text_format(source) else source, texts, labels)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Probe:
 
 
 def probe_model(
-    name: str, labelled: LabelledTexts, *, window: int = 256, num_folds: int = 5, seed: int = 0,
+    name: str, labelled: ProbeTexts, *, window: int = 256, num_folds: int = 5, seed: int = 0,
     dtype: str | None = None, listen: Listener = ignore,
 ) -> Probe:  # fmt: skip
     """How well the labels can be read off model `name` at each boundary; of each text, the first `window` tokens.
