@@ -1,7 +1,7 @@
 """The story for encoders, and for the encoder of an encoder-decoder: load → choose → fit → replace → measure → store.
 
-Its steps are those of `shoal.compression`; maps are fitted in order, as in decoders. What differs is the measure: an encoder
-predicts no next token, so what a replacement costs is measured
+Its steps are those of `shoal.compression`; maps are fitted in order, as in decoders. What differs is the measure. An
+encoder predicts no next token, so what a replacement costs is measured
     with a masked-LM head      by the loss of masked tokens,
     of an encoder-decoder      by the loss of the decoder that is to say the text that its encoder read, masked if there is
                                a mask token, and
