@@ -76,7 +76,7 @@ def memory() -> list[tuple[str, str, str]]:
     """Peak resident memory of a process that calibrates on few and on many tokens."""
     code = (
         "import re, sys, pathlib; sys.path.insert(0, 'tests'); import bench\n"
-        "from shoal.linearity.moments import measure_moments; from shoal.checkpoints.load import load_model\n"
+        "from shoal.linearity.accumulate import measure_moments; from shoal.checkpoints.load import load_model\n"
         "from shoal.text.windows import TokenWindows\n"
         "w = bench.load_windows(8192); n = int(sys.argv[1]) // 1024\n"
         "w = TokenWindows(w.ids.repeat(n // len(w) + 1, 1)[:n], 'repeated')\n"

@@ -6,16 +6,19 @@ Which of the two it is, the run does not see: a place gives the student that lea
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 from transformers import PreTrainedModel
 
 from shoal.distil.trainable import merge_trained
 from shoal.large.on_disk import copy_model, is_on_disk
-from shoal.large.shard import collect, spread
+from shoal.large.shard import Shards, collect, spread
 
 
 class InMemory:
     """The student itself learns."""
+
+    opened = nullcontext
 
     def __init__(self, student: PreTrainedModel):
         self.learner, self.dtype = student, student.dtype
@@ -31,10 +34,14 @@ class InMemory:
 
 
 class OnRanks:
-    """A copy of the student learns, of which each rank holds a share: nobody has to hold a whole one."""
+    """A copy of the student learns, of which each rank holds a share: nobody has to hold a whole one.
+
+    Once a module has been `opened`, for the choice of what is trained in it, it is spread.
+    """
 
     def __init__(self, student: PreTrainedModel):
         self.student, self.learner = student, copy.deepcopy(student)
+        self.opened = Shards(student.device).of
 
     def bring_back(self) -> PreTrainedModel:
         """The student, with what its copy learned on disk: on rank 0, the others' is as it came."""
@@ -43,7 +50,7 @@ class OnRanks:
 
 
 def place_student(student: PreTrainedModel) -> InMemory | OnRanks:
-    """The place where this student learns; on ranks, it is spread once what it learns is chosen (`select_trained`)."""
+    """The place where this student learns. Raises ValueError if it is on disk, and there is no process group."""
     return OnRanks(student) if is_on_disk(student) else InMemory(student)
 
 

@@ -62,7 +62,7 @@ class DistillationRun:
         self.student = self.place.learner
         with torch.random.fork_rng([student.device] if student.device.type == "cuda" else []):
             torch.manual_seed(seed)  # LoRA begins at random
-            select_trained(self.student, settings, keep_zeros=keep_zeros)
+            select_trained(self.student, settings, keep_zeros=keep_zeros, opened=self.place.opened)
         self.student.eval()  # dropout would fall differently on every number of ranks
         if settings.gradient_checkpointing:
             checkpoint_gradients(self.student)
