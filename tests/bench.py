@@ -24,14 +24,14 @@ from dummy_trials import DummySweep, measure_overhead
 from rich.console import Console
 from rich.table import Table
 from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.linearity.accumulate import measure_moments
 from shoal.linearity.gram import Gram
-from shoal.linearity.moments import measure_moments
 from shoal.linearity.scores import score_gram
 from shoal.measure.perplexity import evaluate
 from shoal.measure.targets import measure_targets
-from shoal.recipe import Texts
 from shoal.text.corpus import load_corpus
 from shoal.text.windows import TokenWindows
+from shoal.texts import Texts
 from shoal_services.serving.deploy import Endpoint
 from shoal_services.serving.engine.decoder import BatchedDecoder
 from shoal_services.serving.engine.engine import Engine
@@ -76,7 +76,7 @@ def memory() -> list[tuple[str, str, str]]:
     """Peak resident memory of a process that calibrates on few and on many tokens."""
     code = (
         "import re, sys, pathlib; sys.path.insert(0, 'tests'); import bench\n"
-        "from shoal.linearity.moments import measure_moments; from shoal.checkpoints.load import load_model\n"
+        "from shoal.linearity.accumulate import measure_moments; from shoal.checkpoints.load import load_model\n"
         "from shoal.text.windows import TokenWindows\n"
         "w = bench.load_windows(8192); n = int(sys.argv[1]) // 1024\n"
         "w = TokenWindows(w.ids.repeat(n // len(w) + 1, 1)[:n], 'repeated')\n"

@@ -24,9 +24,11 @@ from commands import shoal  # noqa: F401  a fixture
 from shoal.checkpoints.load import load_tokenizer
 from shoal.linearity.moments import Moments
 from shoal.models.structure import find_blocks
-from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
+from shoal.point import Evaluation, Point, Size, Speed
+from shoal.recipe import Recipe
 from shoal.replace.maps import AffineMap
 from shoal.text.windows import TokenWindows
+from shoal.texts import Text
 
 pytest.register_assert_rewrite("searches")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from shoal.linearity.profile import Profile
 from shoal.linearity.scores import BlockLinearity
 from shoal.linearity.token_errors import EDGES, NonlinearToken
-from shoal.recipe import Text
+from shoal.texts import Text
 
 FIELDS = [
     "score", "score_without_residual", "ordinary", "ordinary_without_residual", "held_out", "held_out_without_residual",

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from shoal.recipe import Point, Texts
+    from shoal.point import Point
+    from shoal.texts import Texts
 
 __version__ = "0.1.0"
 

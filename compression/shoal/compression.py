@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.checkpoints.load import hash_weights, is_memory_short, load_model, load_tokenizer
+from shoal.checkpoints.config import is_memory_short
+from shoal.checkpoints.hashes import hash_weights
+from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.checkpoints.store import save, save_point
-from shoal.distil.run import DistillationRun, Lesson
+from shoal.distil.run import DistillationRun
+from shoal.distil.teacher import Lesson
 from shoal.large.on_disk import copy_model
 from shoal.linearity.moments import Moments
 from shoal.linearity.scores import require_calibration
@@ -20,9 +23,10 @@ from shoal.measure.perplexity import evaluate
 from shoal.measure.size_and_speed import measure_size, measure_speeds
 from shoal.models.shorten import require_shortenable
 from shoal.models.structure import find_blocks
+from shoal.point import Evaluation, Point, Size, Speed
 from shoal.prepare import Preparation, prepare
 from shoal.progress import Listener, ignore
-from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Texts
+from shoal.recipe import Recipe
 from shoal.replace.choose import choose_blocks
 from shoal.replace.fit import fit_independent
 from shoal.replace.in_order import fit_in_order
@@ -30,6 +34,7 @@ from shoal.replace.judge import Judge
 from shoal.replace.maps import Replacement, apply_replacement
 from shoal.text.corpus import Corpus, load_corpus
 from shoal.text.windows import TokenWindows
+from shoal.texts import Texts
 from shoal.thin.sparsify import sparsify
 from shoal.thin.svd import factor_weights
 from shoal.units import whole_blocks
@@ -60,17 +65,15 @@ def compress(
     Raises ValueError for a recipe that the model or the texts cannot fulfil, FileExistsError if `folder` is there,
     `shoal.measure.perplexity.Collapsed` if the result is not a working model.
     """
-    if folder.exists():
-        raise FileExistsError(f"{str(folder)!r} exists already; delete it or choose another folder")
-    texts, watch = texts or Texts(), Stopwatch()
+    require_free(folder)
+    watch = Stopwatch()
     with watch.time("load"):
         listen("load", 0, 1)
         streamed = choose_streamed(recipe, streamed)
         model = load_model(recipe.base_model, revision=recipe.revision, dtype=recipe.dtype, streamed=streamed)
-        tokenizer = load_tokenizer(recipe.base_model, revision=recipe.revision)
         if recipe.replaces_blocks:
             require_shortenable(model, None if recipe.blocks is None else whole_blocks(recipe.blocks))
-        corpus = load_corpus(texts, tokenizer, model.config, **distillation_needs(recipe))
+        tokenizer, corpus = load_texts(recipe, model, texts)
         if recipe.replaces_blocks:
             require_calibration(corpus.calibration, model)
         recipe = name_inputs(recipe, model, corpus)
@@ -80,8 +83,7 @@ def compress(
     with watch.time("fit"):
         recipe = choose(recipe, model, corpus, preparation, listen=listen)
         replacement = fit(recipe, model, corpus.calibration, preparation.moments, listen=listen)
-        student = copy_model(model)
-        apply_replacement(student, replacement)
+        student = replace(model, replacement)
     if recipe.weight_changes:
         with watch.time("thin"):
             thin_weights(recipe, student, corpus, listen=listen)
@@ -104,6 +106,12 @@ def compress(
     return save_point(folder, make_point(recipe, evaluations, sizes, speeds, watch, student))
 
 
+def require_free(folder: Path) -> None:
+    """Raises FileExistsError if the folder is there."""
+    if folder.exists():
+        raise FileExistsError(f"{str(folder)!r} exists already; delete it or choose another folder")
+
+
 def choose_streamed(recipe: Recipe, wanted: bool | None) -> bool:
     """Whether the blocks stay on disk: as wanted, or where memory would not hold the model and its student.
 
@@ -122,12 +130,11 @@ def choose_streamed(recipe: Recipe, wanted: bool | None) -> bool:
     return is_memory_short(recipe.base_model, revision=recipe.revision, dtype=recipe.dtype, num_copies=2)
 
 
-def distillation_needs(recipe: Recipe) -> dict[str, int]:
-    """How much distillation text the recipe needs, as arguments of `load_corpus`."""
-    settings = recipe.distillation
-    if settings is None:
-        return {}
-    return {"distillation_tokens": settings.num_tokens, "distillation_window": settings.window}
+def load_texts(recipe: Recipe, model: PreTrainedModel, texts: Texts | None) -> tuple[PreTrainedTokenizerBase, Corpus]:
+    """The model's tokenizer, and the token windows that the recipe needs, for every role."""
+    tokenizer, settings = load_tokenizer(recipe.base_model, revision=recipe.revision), recipe.distillation
+    needs = {"distillation_tokens": settings.num_tokens, "distillation_window": settings.window} if settings else {}
+    return tokenizer, load_corpus(texts or Texts(), tokenizer, model.config, **needs)
 
 
 def name_inputs(recipe: Recipe, model: PreTrainedModel, corpus: Corpus) -> Recipe:
@@ -168,6 +175,13 @@ def fit(
         refit_outputs=recipe.refit,
         on_progress=lambda done: listen("fit", done, moments.num_blocks),
     )  # fmt: skip
+
+
+def replace(model: PreTrainedModel, replacement: Replacement) -> PreTrainedModel:
+    """A student: a copy of the model with the replacement in the place of its blocks."""
+    student = copy_model(model)
+    apply_replacement(student, replacement)
+    return student
 
 
 def thin_weights(recipe: Recipe, student: PreTrainedModel, corpus: Corpus, *, listen: Listener = ignore) -> None:

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from shoal.recipe import Distillation
+from shoal.recipe import NUM_TOP, Distillation
 
-NUM_TOP = 64
 NUM_RIDGES = 3  # that are tried, as a rule, of `shoal.replace.fit.RIDGES`
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 

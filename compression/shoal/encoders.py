@@ -1,6 +1,7 @@
-"""The story for encoders, and for the encoder of an encoder-decoder: choose → fit → replace → measure → store.
+"""The story for encoders, and for the encoder of an encoder-decoder: load → choose → fit → replace → measure → store.
 
-Maps are fitted in order, as in decoders. An encoder predicts no next token, so what a replacement costs is measured
+Its steps are those of `shoal.compression`; maps are fitted in order, as in decoders. What differs is the measure. An
+encoder predicts no next token, so what a replacement costs is measured
     with a masked-LM head      by the loss of masked tokens,
     of an encoder-decoder      by the loss of the decoder that is to say the text that its encoder read, masked if there is
                                a mask token, and
@@ -9,7 +10,6 @@ Maps are fitted in order, as in decoders. An encoder predicts no next token, so 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,21 +18,22 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.checkpoints.load import load_model, load_tokenizer
-from shoal.checkpoints.store import hash_folder, save
-from shoal.compression import fit, name_inputs
+from shoal.checkpoints.hashes import hash_folder
+from shoal.checkpoints.load import load_model
+from shoal.checkpoints.store import save
+from shoal.compression import fit, load_texts, name_inputs, replace, require_free
 from shoal.errors import Collapsed
 from shoal.files import write_text
-from shoal.linearity.moments import measure_moments
+from shoal.linearity.accumulate import measure_moments
 from shoal.linearity.scores import require_calibration
 from shoal.measure.perplexity import mean_and_error, require_two_windows
 from shoal.models.structure import is_causal
 from shoal.progress import Listener, ignore
-from shoal.recipe import Recipe, Text, Texts, Value
+from shoal.recipe import Recipe
 from shoal.replace.choose import choose_blocks
-from shoal.replace.maps import apply_replacement
-from shoal.text.corpus import load_corpus
 from shoal.text.windows import TokenWindows
+from shoal.texts import Text, Texts
+from shoal.value import Value
 
 MASKED_SHARE = 0.15  # BERT's
 BATCH_SIZE = 8
@@ -72,24 +73,18 @@ def compress_encoder(
     loss is not finite.
     """
     _require_closed_form(recipe)
-    if folder.exists():
-        raise FileExistsError(f"{str(folder)!r} exists already; delete it or choose another folder")
+    require_free(folder)
     listen("load", 0, 1)
     model = load_model(recipe.base_model, revision=recipe.revision, dtype=recipe.dtype, any_kind=True)
     if is_causal(model.config):
-        raise ValueError(f"{recipe.base_model!r} is a decoder: shoal.compress.compress makes it shallower")
-    tokenizer = load_tokenizer(recipe.base_model, revision=recipe.revision)
-    corpus = load_corpus(texts or Texts(), tokenizer, model.config)
+        raise ValueError(f"{recipe.base_model!r} is a decoder: shoal.compress makes it shallower")
+    tokenizer, corpus = load_texts(recipe, model, texts)
     require_calibration(corpus.calibration, model)
+    recipe, windows = name_inputs(recipe, model, corpus), corpus.calibration
     listen("load", 1, 1)
-    windows = corpus.calibration
     moments = measure_moments(model, windows, on_progress=lambda done: listen("moments", done, len(windows)))
-    recipe = name_inputs(recipe, model, corpus).model_copy(
-        update={"blocks": choose_blocks(recipe, moments), "refit": False}
-    )
-    replacement = fit(recipe, model, windows, moments, listen=listen)
-    changed = copy.deepcopy(model)
-    apply_replacement(changed, replacement)
+    recipe = recipe.model_copy(update={"blocks": choose_blocks(recipe, moments), "refit": False})
+    changed = replace(model, fit(recipe, model, windows, moments, listen=listen))
     costs = tuple(measure_cost(model, changed, tokenizer, text, listen=listen) for text in corpus.evaluation)
     save(changed, tokenizer, folder, recipe=recipe)
     point = EncoderPoint(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from shoal.linearity.moments import Moments, measure_moments
+from shoal.linearity.accumulate import measure_moments
+from shoal.linearity.moments import Moments
 from shoal.linearity.scores import BlockLinearity, read_scores
 from shoal.measure.targets import TeacherTargets, measure_targets
 from shoal.progress import Listener, count_on, ignore

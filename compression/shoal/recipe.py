@@ -1,18 +1,17 @@
-"""What to make (`Recipe`) and what came out (`Point`): frozen values that travel as JSON.
+"""What to make: a `Recipe`, and how what it makes is trained.
 
 Nothing here says how a thing is run (workers, resources, paths), and nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import PurePath
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from shoal.texts import Text
 from shoal.units import Unit, list_places, name_units, read_unit
+from shoal.value import Value, fingerprint
 
 Kind = Literal["linear", "low_rank", "folded", "dropped"]
 Selection = Literal["linearity", "linearity_in_sample", "linearity_without_residual", "cosine", "window", "kl", "listed"]
@@ -21,59 +20,9 @@ Trained = Literal["maps", "lora", "all"]
 
 Sparsity = float | Literal["2:4", "4:8"]
 
-TEXT_FORMATS = (".txt", ".jsonl", ".json", ".parquet")
-# Of text and JSON; parquet is packed inside.
-PACKED = (".gz", ".zst", ".bz2", ".xz")
-PACKAGED_TEXT = "wikipedia-sample"
+# Of the dense model's tokens at a place, those that are kept for a student to learn from; the rest are one bucket.
+NUM_TOP = 64
 KINDS: tuple[Kind, ...] = ("linear", "low_rank", "folded", "dropped")
-
-
-class Value(BaseModel):
-    """A frozen value with a strict dict and JSON round trip: unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Text(Value):
-    """A text that was used: where it came from, what exactly it was, how much of it."""
-
-    name: str
-    sha256: str | None = None
-    num_tokens: int = Field(ge=1)
-
-
-def text_format(source: str) -> str | None:
-    """Which of `TEXT_FORMATS` the name of a local file says, packed or not; None for other sources."""
-    path = PurePath(source.lower())
-    is_packed = path.suffix in PACKED
-    name = path.stem if is_packed else path.name
-    suffix = PurePath(name).suffix
-    return suffix if suffix in TEXT_FORMATS and not (is_packed and suffix == ".parquet") else None
-
-
-def _as_tuple(names: object) -> object:
-    return (names,) if isinstance(names, str) else names
-
-
-Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-
-
-class Texts(Value):
-    """Where the texts come from (one source or several, see `shoal.text.windows`) and how much of them is used.
-
-    A source named both for training and for evaluation is shared out by documents.
-    """
-
-    train: Sources = (PACKAGED_TEXT,)
-    evaluation: Sources = (PACKAGED_TEXT,)
-    calibration_tokens: int | None = Field(default=None, ge=1, description="None: what the model's width asks for")
-    evaluation_tokens: int = Field(default=16_384, ge=1, description="of each evaluation text")
-    selection_tokens: int = Field(default=4_096, ge=1, description="held out from training: for choices and early stops")
-    window: int = Field(default=1024, ge=8, description="tokens per window in calibration and evaluation")
-
-    def find_calibration_tokens(self, width: int) -> int:
-        """Tokens to calibrate a model of this width on: as given, or 16 per dimension and at least 32,768."""
-        return self.calibration_tokens or max(32_768, 16 * width)
 
 
 class LossWeights(Value):
@@ -265,97 +214,3 @@ class Recipe(Value):
     def key(self) -> str:
         """A short name that is the same for equal recipes, on every machine."""
         return fingerprint(self.model_dump(mode="json"))
-
-
-class Evaluation(Value):
-    """Perplexity on one text beside the dense model's on the same tokens.
-
-    `kl` is the mean divergence in nats per token of the compressed model from the dense one, over the dense
-    model's top tokens and one bucket for the rest. `log_ratio` is log(perplexity / dense_perplexity): its
-    standard error is of the paired difference and so much smaller than those of the two perplexities.
-    """
-
-    text: Text
-    dense_perplexity: float
-    dense_standard_error: float
-    perplexity: float
-    standard_error: float
-    log_ratio: float
-    log_ratio_standard_error: float
-    kl: float
-    kl_standard_error: float
-    top1_agreement: float
-
-
-class TaskScore(Value):
-    """A model's score in a task, beside the dense model's on the same examples where one was measured.
-
-    Standard errors are None where the task's metric has none; that of `difference` (score − dense score) is of the
-    paired difference, None where the metric is no mean over examples.
-    """
-
-    task: str
-    metric: str
-    num_examples: int
-    score: float
-    standard_error: float | None = None
-    dense_score: float | None = None
-    dense_standard_error: float | None = None
-    difference_standard_error: float | None = None
-
-    @property
-    def difference(self) -> float | None:
-        """How far the score is from the dense model's."""
-        return None if self.dense_score is None else self.score - self.dense_score
-
-
-class Size(Value):
-    """What a model takes: parameters, bytes on disk, KV-cache bytes per token.
-
-    Zeros of a sparse model are not among `num_parameters`, but are among `num_bytes`: no format without them loads in
-    transformers 5 or vLLM. `num_bitmask_bytes` is what such a format would take (values that are not zero, and a bit for
-    each place of a sparse matrix); None for models that are not sparse.
-    """
-
-    num_parameters: int
-    num_bytes: int
-    kv_bytes_per_token: int
-    num_bitmask_bytes: int | None = None
-
-
-class Speed(Value):
-    """Median tokens per second, batch of one, measured in turns with the dense model."""
-
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-
-
-class Point(Value):
-    """What came out of a recipe: a point of the size/quality plane."""
-
-    recipe: Recipe
-    evaluations: tuple[Evaluation, ...]
-    tasks: tuple[TaskScore, ...] = ()
-    size: Size
-    dense_size: Size
-    speed: Speed | None = None
-    dense_speed: Speed | None = None
-    seconds: dict[str, float] = {}
-    device: str = "cpu"
-    artefact: str | None = None
-    artefact_sha256: str | None = None
-
-    @property
-    def perplexity(self) -> float:
-        """Perplexity on the first evaluation text: the one that ranks."""
-        return self.evaluations[0].perplexity
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the compressed model."""
-        return self.size.num_parameters
-
-
-def fingerprint(value: object) -> str:
-    """Twelve hexadecimal digits that identify a JSON-able value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

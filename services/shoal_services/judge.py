@@ -15,11 +15,12 @@ from typing import Literal
 
 import openai
 from pydantic import Field, ValidationError
-from shoal.checkpoints.load import load_model, load_tokenizer, recipe_of
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.checkpoints.names import recipe_of
 from shoal.files import write_text
 from shoal.models.generate import sample_continuations
 from shoal.progress import Listener
-from shoal.recipe import Value
+from shoal.value import Value
 
 CRITERIA = ("grammar", "creativity", "consistency", "plot")
 NUM_ATTEMPTS = 3

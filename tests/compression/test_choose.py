@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 from conftest import make_affine, make_ids, make_model, moments_of
-from shoal.checkpoints.load import hash_weights
-from shoal.linearity.moments import Moments, measure_moments
+from shoal.checkpoints.hashes import hash_weights
+from shoal.linearity.accumulate import measure_moments
+from shoal.linearity.moments import Moments
 from shoal.linearity.scores import score_blocks
 from shoal.measure.perplexity import score_windows
 from shoal.measure.targets import measure_targets

@@ -10,14 +10,16 @@ import shoal
 import transformers
 from conftest import write_prose
 from pydantic import ValidationError
-from shoal.checkpoints.load import hash_weights, load_model, load_tokenizer
+from shoal.checkpoints.hashes import hash_weights
+from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.checkpoints.store import load_point
 from shoal.measure.beside import evaluate_beside
 from shoal.measure.perplexity import evaluate
 from shoal.measure.targets import measure_targets
-from shoal.models.structure import find_zeros
-from shoal.recipe import KINDS, Texts
+from shoal.models.projections import find_zeros
+from shoal.recipe import KINDS
 from shoal.text.corpus import load_corpus
+from shoal.texts import Texts
 
 DISTILLATION = {"num_tokens": 2048, "window": 64, "windows_per_step": 4, "lora_rank": 4, "learning_rate": 1e-3}
 WITHOUT_MAPS = ("folded", "dropped")

@@ -6,9 +6,9 @@ import pytest
 import transformers
 from conftest import write_prose
 from pydantic import ValidationError
-from shoal.recipe import Texts
 from shoal.text.corpus import load_corpus, load_evaluation
 from shoal.text.leakage import check_overlap
+from shoal.texts import Texts
 
 CONFIG = transformers.LlamaConfig(hidden_size=32, max_position_embeddings=256)
 SMALL = {"calibration_tokens": 4096, "evaluation_tokens": 2048, "selection_tokens": 1024, "window": 64}

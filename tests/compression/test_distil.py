@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_ids, make_model
-from shoal.distil.run import DistillationRun, Diverged, Lesson
+from shoal.distil.run import DistillationRun, Diverged
+from shoal.distil.teacher import Lesson
 from shoal.measure.perplexity import score_windows
 from shoal.measure.targets import measure_targets
-from shoal.models.structure import find_blocks, find_projections, find_zeros
+from shoal.models.projections import find_projections, find_zeros
+from shoal.models.structure import find_blocks
 from shoal.recipe import Distillation
 from shoal.replace.maps import AffineMap, Replacement, apply_replacement
 from shoal.text.windows import TokenWindows

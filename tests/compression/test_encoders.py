@@ -17,11 +17,12 @@ from shoal.checkpoints.load import load_tokenizer
 from shoal.encoders import MASKED_SHARE, Cost, choose_masked, compress_encoder, measure_cost
 from shoal.models.shorten import drop_blocks
 from shoal.models.structure import find_blocks
-from shoal.recipe import Recipe, Texts
+from shoal.recipe import Recipe
 from shoal.replace.in_order import fit_in_order
 from shoal.replace.maps import Replacement, apply_replacement
 from shoal.text.corpus import load_corpus
 from shoal.text.windows import TokenWindows
+from shoal.texts import Texts
 
 FAMILIES = [*ENCODERS, *ENCODER_DECODERS]
 

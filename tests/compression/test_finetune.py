@@ -14,8 +14,8 @@ import torch
 from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.linearity.profile import profile_model
 from shoal.paper.finetune import Collator, Finetuning, FinetuningRun, ScoredDecoder
-from shoal.recipe import Texts
 from shoal.text.labelled import Labelled, Preferences, load_labelled, load_preferences
+from shoal.texts import Texts
 from shoal_services.finetuning.results import MEASURES
 
 SHOAL = Path(sys.executable).with_name("shoal")

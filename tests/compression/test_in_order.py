@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from conftest import make_affine, make_ids, make_model
-from shoal.checkpoints.load import hash_weights
-from shoal.linearity.moments import measure_moments
+from shoal.checkpoints.hashes import hash_weights
+from shoal.linearity.accumulate import measure_moments
+from shoal.models.projections import find_down_proj
 from shoal.models.shorten import drop_blocks
-from shoal.models.structure import find_blocks, find_down_proj, watch_boundaries
+from shoal.models.structure import find_blocks, watch_boundaries
 from shoal.recipe import KINDS
 from shoal.replace.fit import fit_independent
 from shoal.replace.in_order import fit_in_order

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from conftest import linear_network, make_ids, moments_of
+from shoal.linearity.accumulate import measure_moments
 from shoal.linearity.gram import Gram
-from shoal.linearity.moments import measure_moments
 from shoal.linearity.scores import read_scores, require_calibration, score_blocks, score_gram, score_scaled, write_scores
 from shoal.models.structure import find_blocks
 from shoal.text.windows import TokenWindows

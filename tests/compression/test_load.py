@@ -9,7 +9,10 @@ import torch
 import transformers
 from conftest import COMMON, make_ids, make_model
 from safetensors.torch import load_file, save_file
-from shoal.checkpoints.load import choose_dtype, hash_weights, load_model, load_tokenizer, make_skeleton
+from shoal.checkpoints.config import make_skeleton
+from shoal.checkpoints.device import choose_dtype
+from shoal.checkpoints.hashes import hash_weights
+from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.checkpoints.packaged import cache_folder, convert_packaged
 
 

@@ -20,7 +20,8 @@ import json, re, sys, threading
 from pathlib import Path
 import torch
 from shoal.compression import compress
-from shoal.recipe import Recipe, Texts
+from shoal.recipe import Recipe
+from shoal.texts import Texts
 
 def read():
     return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -87,10 +88,10 @@ LARGE = """
 import json, re, sys, threading
 from pathlib import Path
 import torch
-from shoal.compression import copy_model
+from shoal.large.on_disk import copy_model
 from shoal.measure.perplexity import evaluate
 from shoal.checkpoints.load import load_model
-from shoal.linearity.moments import measure_moments
+from shoal.linearity.accumulate import measure_moments
 from shoal.replace.maps import apply_replacement
 from shoal.measure.targets import measure_targets
 from shoal.text.windows import TokenWindows

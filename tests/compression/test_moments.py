@@ -9,8 +9,10 @@ import torch
 from conftest import make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shoal.linearity.accumulate import count_held_out, measure_moments
 from shoal.linearity.gram import Gram, multiply_rows
-from shoal.linearity.moments import Moments, count_held_out, find_sinks, measure_moments, measure_norms
+from shoal.linearity.moments import Moments
+from shoal.linearity.sinks import find_sinks, measure_norms
 from shoal.models.structure import watch_boundaries
 from shoal.text.windows import TokenWindows
 
@@ -23,7 +25,7 @@ def assert_same_gram(found: Gram, expected: Gram, *, rtol: float = 1e-10, atol: 
 def assert_same(found: Moments, expected: Moments, *, rtol: float = 1e-10) -> None:
     for name, gram in expected.grams.items():
         assert_same_gram(getattr(found, name), gram, rtol=rtol)
-    for name in ("norm_ratio", "cosine", "similarity", "num_compared", "sink_norm_ratio"):
+    for name in ("norm_ratio_sum", "cosine_sum", "similarity", "num_compared", "sink_norm_ratio"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=rtol, atol=1e-9)
     assert (found.num_windows, found.source) == (expected.num_windows, expected.source)
 

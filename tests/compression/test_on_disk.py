@@ -8,18 +8,21 @@ import pytest
 import torch
 from conftest import FAMILIES, make_ids, make_model, write_prose
 from safetensors.torch import load_file
-from shoal.checkpoints.load import hash_weights, is_memory_short, load_model
+from shoal.checkpoints.config import is_memory_short
+from shoal.checkpoints.hashes import hash_weights
+from shoal.checkpoints.load import load_model
 from shoal.compression import compress
 from shoal.large.on_disk import copy_model, in_memory, is_on_disk
-from shoal.linearity.moments import measure_moments
+from shoal.linearity.accumulate import measure_moments
 from shoal.measure.perplexity import evaluate
 from shoal.measure.size_and_speed import measure_size
 from shoal.measure.targets import measure_targets
 from shoal.models.structure import find_blocks
-from shoal.recipe import Recipe, Texts
+from shoal.recipe import Recipe
 from shoal.replace.in_order import fit_in_order
 from shoal.replace.maps import apply_replacement
 from shoal.text.windows import TokenWindows
+from shoal.texts import Texts
 
 # How a block is called and what it returns differs between these.
 DIFFERENT = {"llama": "linear", "gemma2": "dropped", "gpt2": "folded", "falcon": "low_rank"}

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from conftest import write_prose
 from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.distil.descent import Diverged
-from shoal.linearity.moments import measure_moments
+from shoal.linearity.accumulate import measure_moments
 from shoal.linearity.scores import score_blocks
 from shoal.paper.pretrain import PretrainingRun, make_model, save_model
 from shoal.paper.pretrain_corpus import PretrainCorpus, load_pretrain_corpus
 from shoal.paper.pretrain_recipe import Architecture, Pretraining, PretrainRecipe, PretrainTexts, Regularizer
-from shoal.recipe import Texts
 from shoal.text.corpus import load_corpus
 from shoal.text.tokenizer import train_tokenizer
+from shoal.texts import Texts
 
 ARCHITECTURE = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

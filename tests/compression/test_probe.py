@@ -10,14 +10,14 @@ import pytest
 import torch
 from shoal.checkpoints.load import load_model
 from shoal.checkpoints.store import save
-from shoal.paper.probe import LabelledTexts, embed_texts, load_labelled, probe, probe_model
+from shoal.paper.probe import ProbeTexts, embed_texts, load_probe_texts, probe, probe_model
 from shoal.recipe import Recipe
 from shoal.replace.maps import Replacement, apply_replacement
 
 WORDS = ["".join(random.Random(seed).choices("abcdefghijklm", k=5)) for seed in range(300)]
 
 
-def make_texts(num_texts: int, *, planted: bool, seed: int = 0) -> LabelledTexts:
+def make_texts(num_texts: int, *, planted: bool, seed: int = 0) -> ProbeTexts:
     """Texts of random words; half of the labels are "yes": for those with a Z in them, or by chance."""
     draw = random.Random(seed)
     texts, labels = [], []
@@ -28,7 +28,7 @@ def make_texts(num_texts: int, *, planted: bool, seed: int = 0) -> LabelledTexts
         labels.append("yes" if index % 2 else "no")
     if not planted:
         draw.shuffle(labels)
-    return LabelledTexts("made", texts, labels)
+    return ProbeTexts("made", texts, labels)
 
 
 def test_a_planted_label_is_found(tiny_random):
@@ -96,7 +96,7 @@ def write_lines(path: Path, *rows: object) -> str:
 
 def test_labels_are_strings_numbers_or_truth_values(tmp_path):
     rows = [{"text": "a", "label": "x"}, {"text": "b", "label": 1}, "", {"text": "c", "label": True, "more": 0}]
-    labelled = load_labelled(write_lines(tmp_path / "d.jsonl", *rows))
+    labelled = load_probe_texts(write_lines(tmp_path / "d.jsonl", *rows))
     assert (labelled.texts, labelled.labels, labelled.name) == (["a", "b", "c"], ["x", "1", "True"], "d.jsonl")
 
 
@@ -112,13 +112,13 @@ def test_labels_are_strings_numbers_or_truth_values(tmp_path):
 )
 def test_a_line_that_is_no_labelled_text_is_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
-        load_labelled(write_lines(tmp_path / "d.jsonl", {"text": "good", "label": 1}, row))
+        load_probe_texts(write_lines(tmp_path / "d.jsonl", {"text": "good", "label": 1}, row))
 
 
 def test_no_texts_one_class_and_too_few_of_one_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no labelled text"):
-        load_labelled(write_lines(tmp_path / "empty.jsonl"))
+        load_probe_texts(write_lines(tmp_path / "empty.jsonl"))
     with pytest.raises(ValueError, match="has the one label 'a': probing needs two classes or more"):
-        LabelledTexts("d", ["x", "y"], ["a", "a"]).require(2)
+        ProbeTexts("d", ["x", "y"], ["a", "a"]).require(2)
     with pytest.raises(ValueError, match="has 1 texts with label 'b': 3 folds need 3 or more"):
-        LabelledTexts("d", list("wxyz"), list("aaab")).require(3)
+        ProbeTexts("d", list("wxyz"), list("aaab")).require(3)

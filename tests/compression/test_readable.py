@@ -9,10 +9,12 @@ import torch
 import transformers
 from conftest import COMMON, make_ids
 from safetensors.torch import load_file, save_file
-from shoal.checkpoints.load import check_model, load_model, load_tokenizer, read_config
+from shoal.checkpoints.config import read_config
+from shoal.checkpoints.load import check_model, load_model, load_tokenizer
 from shoal.compression import compress
 from shoal.linearity.profile import profile_model
-from shoal.recipe import Recipe, Texts
+from shoal.recipe import Recipe
+from shoal.texts import Texts
 
 QUERY = "model.layers.1.self_attn.q_proj"
 

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from shoal.recipe import Distillation, Evaluation, LossWeights, Point, Recipe, Size, Speed, Text
+from shoal.point import Evaluation, Point, Size, Speed
+from shoal.recipe import Distillation, LossWeights, Recipe
+from shoal.texts import Text
 
 positive = st.floats(min_value=1e-9, max_value=1e9)
 counts = st.integers(1, 2**40)

@@ -9,7 +9,8 @@ import torch
 import transformers
 from conftest import COMMON, make_ids
 from shoal.models.calls import embed, record_calls
-from shoal.models.structure import find_blocks, find_down_proj
+from shoal.models.projections import find_down_proj
+from shoal.models.structure import find_blocks
 from shoal.replace.in_order import fit_in_order
 from shoal.replace.maps import apply_replacement
 from shoal.replace.refit import find_gain

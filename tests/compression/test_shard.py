@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_ids, make_model
-from shoal.checkpoints.load import hash_weights, load_model
-from shoal.distil.run import DistillationRun, Lesson
+from shoal.checkpoints.hashes import hash_weights
+from shoal.checkpoints.load import load_model
+from shoal.distil.run import DistillationRun
+from shoal.distil.teacher import Lesson
 from shoal.large.on_disk import copy_model, is_on_disk
 from shoal.large.shard import is_sharded, local
 from shoal.measure.targets import measure_targets

@@ -9,7 +9,7 @@ import pytest
 import shoal
 from shoal.linearity.profile import profile_model
 from shoal.measure.beside import evaluate_beside
-from shoal.recipe import Texts
+from shoal.texts import Texts
 
 pytestmark = pytest.mark.slow
 

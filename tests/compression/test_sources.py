@@ -12,10 +12,10 @@ import pyarrow
 import pytest
 from conftest import write_prose
 from datasets import ClassLabel, Dataset, Features, Value
-from shoal.recipe import PACKAGED_TEXT, text_format
 from shoal.text.rows import read_rows
 from shoal.text.sources import load_documents
 from shoal.text.windows import make_windows
+from shoal.texts import PACKAGED_TEXT, text_format
 
 PAGES = ["One page.", "Another page,\n\nin ünïcode.", "  \n ", "The last."]
 # As `Salesforce/wikitext` has it: a row a line, each with its line break.

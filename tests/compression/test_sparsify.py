@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 from conftest import make_ids, make_model
-from shoal.checkpoints.load import hash_weights
-from shoal.models.structure import find_blocks, find_projections
+from shoal.checkpoints.hashes import hash_weights
+from shoal.models.projections import find_projections
+from shoal.models.structure import find_blocks
 from shoal.replace.maps import AffineMap, Replacement, apply_replacement, weight_of
 from shoal.text.windows import TokenWindows
 from shoal.thin.projections import walk_projections, watch_inputs

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import make_affine, make_ids
-from shoal.linearity.moments import measure_moments
+from shoal.linearity.accumulate import measure_moments
 from shoal.measure.perplexity import score_windows
 from shoal.measure.targets import measure_targets
 from shoal.models.shorten import drop_blocks

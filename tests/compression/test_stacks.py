@@ -11,14 +11,15 @@ import transformers
 from commands import assert_refused
 from conftest import make_ids, make_model, write_prose
 from encoders import ENCODER_DECODERS, ENCODERS, make_encoder, save_with_tokenizer
-from shoal.checkpoints.load import load_model, load_tokenizer, read_config
-from shoal.linearity.moments import measure_moments
+from shoal.checkpoints.config import read_config
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.linearity.accumulate import measure_moments
 from shoal.linearity.profile import profile_model
 from shoal.linearity.scores import score_blocks
 from shoal.models.structure import find_blocks, find_stacks, is_causal
-from shoal.recipe import Texts
 from shoal.text.corpus import find_context
 from shoal.text.windows import TokenWindows, close_windows
+from shoal.texts import Texts
 
 FAMILIES = [*ENCODERS, *ENCODER_DECODERS]
 CASES = [

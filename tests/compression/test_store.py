@@ -7,11 +7,14 @@ import json
 import pytest
 import torch
 import transformers
+from shoal.checkpoints.hashes import hash_folder
 from shoal.checkpoints.load import load_model, load_tokenizer
-from shoal.checkpoints.store import hash_folder, load_point, save, save_point
+from shoal.checkpoints.store import load_point, save, save_point
 from shoal.files import write_text
-from shoal.recipe import Evaluation, Point, Recipe, Size, Speed, Text
+from shoal.point import Evaluation, Point, Size, Speed
+from shoal.recipe import Recipe
 from shoal.replace.maps import AffineMap, Replacement, apply_replacement
+from shoal.texts import Text
 
 RECIPE = Recipe(base_model="tiny", num_replaced=1, blocks=(2,), selection="listed", dtype="float32", seed=7)
 EVALUATION = Evaluation(

@@ -13,7 +13,8 @@ import transformers
 from conftest import make_ids, make_model
 from shoal.checkpoints.store import save
 from shoal.models.modeling_shoal import FactoredLinear
-from shoal.models.structure import find_blocks, find_projections
+from shoal.models.projections import find_projections
+from shoal.models.structure import find_blocks
 from shoal.recipe import KINDS, Recipe
 from shoal.replace.maps import AffineMap, Replacement, apply_replacement, weight_of
 from shoal.text.windows import TokenWindows

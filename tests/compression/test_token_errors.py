@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import linear_network
-from shoal.linearity.moments import measure_moments
+from shoal.linearity.accumulate import measure_moments
 from shoal.linearity.token_errors import (
     EDGES,
     count_errors,

@@ -12,7 +12,7 @@ import transformers
 import typer
 from commands import SCREEN_LINES, Said, assert_refused
 from conftest import write_prose, write_task
-from shoal.recipe import Evaluation, Point
+from shoal.point import Evaluation, Point
 from shoal_services.cli import MAX_LINE, app, explain
 
 COMMANDS = list(typer.main.get_command(app).commands)

@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from shoal.frontier import find_frontier
-from shoal.recipe import TaskScore
+from shoal.point import TaskScore
 from shoal_services.commands.jobs import _say_how_to_return
 from shoal_services.commands.terminal import ProgressDisplay, tell_delivery, tell_runs
 from shoal_services.console import mask_passwords, name_of, say, show

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import make_point
 from pages import Page, drawn
-from shoal.recipe import TaskScore
+from shoal.point import TaskScore
 from shoal_services.pages.curves_page import group_curves, perplexity_figure, write_curves_page
 
 DISTILLED = {"num_tokens": 4096, "learning_rate": 1e-4, "trained": "maps"}

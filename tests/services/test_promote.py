@@ -12,7 +12,8 @@ import mlflow
 import pytest
 from conftest import make_point
 from safetensors.torch import save_file
-from shoal.checkpoints.store import hash_folder, save_point
+from shoal.checkpoints.hashes import hash_folder
+from shoal.checkpoints.store import save_point
 from shoal_services.cli import main
 from shoal_services.search.folder import RunFolder, TrialResult
 from shoal_services.tracking.promote import promote

@@ -19,11 +19,11 @@ import yaml
 from conftest import write_task
 from pages import Page
 from searches import SMOKE, Search, assert_whole, closed_port, end_tree, wait_until, write_search
+from shoal.checkpoints.hashes import hash_folder
 from shoal.checkpoints.load import load_model, load_tokenizer
-from shoal.checkpoints.store import hash_folder
 from shoal.frontier import find_frontier, name_picks
-from shoal.models.structure import find_zeros
-from shoal.recipe import Point
+from shoal.models.projections import find_zeros
+from shoal.point import Point
 from shoal_services.tracking.registry import BASE_TAG, SEARCH_TAG
 
 SHOAL = Path(sys.executable).with_name("shoal")

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from mlflow.entities import Run
 from safetensors.torch import save_file
-from shoal.checkpoints.store import hash_folder
+from shoal.checkpoints.hashes import hash_folder
 from shoal_services.tracking.promote import promote
 from shoal_services.tracking.registry import HASH_TAG, KEY_TAG, PLACE_TAG, find_registered, ping
 from shoal_services.tracking.tracker import Tracker

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from searches import assert_whole, write_search
-from shoal.checkpoints.store import hash_folder
+from shoal.checkpoints.hashes import hash_folder
 from shoal_services.tracking.promote import promote
 from shoal_services.tracking.registry import BASE_TAG, PLACE_TAG, SEARCH_TAG, find_registered, ping
 from tracking_server import USER, Services, find_postgres

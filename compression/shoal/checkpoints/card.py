@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from shoal.recipe import Point, Recipe
+from shoal.point import Point
+from shoal.recipe import Recipe
 
 
 def write_card(point: Point) -> str:

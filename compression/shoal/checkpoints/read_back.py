@@ -9,9 +9,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.checkpoints.load import load_model, load_tokenizer, modeling_shoal, read_config
+from shoal.checkpoints.config import read_config
+from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.large.memory import find_free_bytes
 from shoal.large.on_disk import in_memory, is_on_disk, named_weights
+from shoal.models import modeling_shoal
 from shoal.models.calls import record_calls
 from shoal.models.shorten import build_skeleton
 from shoal.models.structure import find_blocks, holds_own_modules, text_config

@@ -10,7 +10,6 @@ that leaves them out loads in transformers 5 or vLLM. Linear kinds and factored 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -21,12 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.checkpoints.card import write_card
 from shoal.checkpoints.companions import copy_companions, drop_stale_settings
-from shoal.checkpoints.load import modeling_shoal
+from shoal.checkpoints.hashes import hash_folder
 from shoal.checkpoints.read_back import check_saved
 from shoal.files import require_path, write_aside, write_text
 from shoal.large.on_disk import is_on_disk
+from shoal.models import modeling_shoal
 from shoal.models.structure import find_blocks, holds_own_modules, is_causal
-from shoal.recipe import Point, Recipe
+from shoal.point import Point
+from shoal.recipe import Recipe
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, recipe: Recipe) -> None:
@@ -105,13 +106,3 @@ def load_point(folder: Path) -> Point:
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} is not a whole compressed model folder: point.json: {error}") from error
     return point.model_copy(update={"artefact": str(folder)})
-
-
-def hash_folder(folder: Path) -> str:
-    """SHA-256 over the weight files: what a pointer to the folder can be checked against."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(path.name.encode())
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

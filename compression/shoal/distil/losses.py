@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shoal.linearity.moments import find_sinks, measure_norms
+from shoal.linearity.sinks import find_sinks, measure_norms
 from shoal.recipe import LossWeights
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,32 +11,36 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from shoal.large.on_disk import is_on_disk
-from shoal.large.shard import Shards
 from shoal.models.modeling_shoal import LinearBlock
-from shoal.models.structure import find_blocks, list_projections
+from shoal.models.projections import list_projections
+from shoal.models.structure import find_blocks
 from shoal.recipe import Distillation
 
 NOTHING_TO_TRAIN = "there is nothing to train: trained='maps' needs kind='linear' or 'low_rank'; use trained='lora'"
 
 
-def select_trained(student: PreTrainedModel, settings: Distillation, *, keep_zeros: bool = False) -> None:
+def select_trained(
+    student: PreTrainedModel,
+    settings: Distillation,
+    *,
+    keep_zeros: bool = False,
+    opened: Callable[[nn.Module], AbstractContextManager] = nullcontext,
+) -> None:
     """Gives the student, in place, gradients for what is trained alone, and float32 for that; LoRA goes into its blocks.
 
-    A student whose blocks are on disk is spread over the ranks (see `shoal.large.shard`). With `keep_zeros`, weights that
-    are zero in the projections of the blocks take no part. Raises ValueError if nothing is left to train.
+    With `keep_zeros`, weights that are zero in the projections of the blocks take no part. Inside `opened(module)`, the
+    weights of a block, or of what is outside them, can be changed. Raises ValueError if nothing is left to train.
     """
-    place = Shards(student.device).of if is_on_disk(student) else nullcontext
     student.requires_grad_(settings.trained == "all")
     for block in find_blocks(student):
-        with place(block):
+        with opened(block):
             if settings.trained != "maps":
                 _change_projections(block, settings, keep_zeros)
             for module in block.modules():
                 if isinstance(module, LinearBlock):
                     module.requires_grad_(True)
             _keep_in_float(block)
-    with place(student):
+    with opened(student):
         _keep_in_float(student)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(NOTHING_TO_TRAIN)

@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from shoal.checkpoints.load import is_memory_short, load_model, load_tokenizer
-from shoal.linearity.moments import measure_moments
+from shoal.checkpoints.config import is_memory_short
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.linearity.accumulate import measure_moments
 from shoal.linearity.scores import RANKING, BlockLinearity, ScaledScores, require_calibration, score_blocks, score_scaled
 from shoal.linearity.token_errors import (
     EDGES,
@@ -23,8 +24,8 @@ from shoal.linearity.token_errors import (
 )
 from shoal.models.structure import Stack, find_stacks
 from shoal.progress import Listener, ignore
-from shoal.recipe import Text, Texts
 from shoal.text.corpus import Corpus, load_corpus
+from shoal.texts import Text, Texts
 
 
 @dataclass(frozen=True)

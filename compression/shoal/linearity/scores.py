@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.files import write_text
+from shoal.linearity.accumulate import count_held_out
 from shoal.linearity.gram import Gram
-from shoal.linearity.moments import Moments, count_held_out
+from shoal.linearity.moments import Moments
 from shoal.models.structure import text_config
 from shoal.text.windows import TokenWindows
 

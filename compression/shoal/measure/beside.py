@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from shoal.checkpoints.load import load_model, load_tokenizer, recipe_of
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.checkpoints.names import recipe_of
 from shoal.measure.perplexity import evaluate
 from shoal.measure.targets import measure_targets
 from shoal.models.structure import text_config
+from shoal.point import Evaluation
 from shoal.progress import Listener, count_on, ignore
-from shoal.recipe import Evaluation, Texts
 from shoal.text.corpus import load_evaluation
+from shoal.texts import Texts
 
 
 def evaluate_beside(

@@ -14,7 +14,7 @@ from shoal.errors import Collapsed
 from shoal.large.streamed import read_logits
 from shoal.measure.divergence import find_divergence, find_normalizer
 from shoal.measure.targets import TeacherTargets, choose_batch_size, token_losses
-from shoal.recipe import Evaluation
+from shoal.point import Evaluation
 from shoal.text.windows import TokenWindows
 
 

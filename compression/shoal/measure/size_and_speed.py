@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from shoal.models.structure import find_zeros, name_cache_argument, text_config
-from shoal.recipe import Size, Speed
+from shoal.models.projections import find_zeros
+from shoal.models.structure import name_cache_argument, text_config
+from shoal.point import Size, Speed
 
 
 @torch.no_grad()

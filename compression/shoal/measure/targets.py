@@ -21,6 +21,7 @@ from shoal.large.memory import MAX_LOGITS
 from shoal.large.streamed import read_logits
 from shoal.measure.divergence import TopTokens, find_normalizer
 from shoal.models.structure import text_config
+from shoal.recipe import NUM_TOP
 from shoal.text.windows import TokenWindows
 
 
@@ -90,7 +91,7 @@ def measure_targets(
     model: PreTrainedModel,
     windows: TokenWindows,
     *,
-    num_top: int = 64,
+    num_top: int = NUM_TOP,
     temperatures: tuple[float, ...] = (1.0,),
     on_progress: Callable[[int], None] = lambda _done: None,
 ) -> TeacherTargets:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.checkpoints.load import load_model, load_tokenizer, recipe_of
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.checkpoints.names import recipe_of
 from shoal.files import write_text
-from shoal.recipe import TaskScore, Value
+from shoal.point import TaskScore
+from shoal.value import Value
 
 
 class TaskResult(Value):

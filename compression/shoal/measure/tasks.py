@@ -31,7 +31,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.measure.task_scores import TaskResult, compare_results, load_beside
-from shoal.recipe import TaskScore
+from shoal.point import TaskScore
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 # Of metrics that are no mean over examples; the others have a standard error in closed form.

@@ -31,8 +31,9 @@ from shoal.checkpoints.companions import drop_stale_settings
 from shoal.distil.trainable import merge_trained, select_trained
 from shoal.files import write_aside
 from shoal.progress import Listener, ignore
-from shoal.recipe import Distillation, Value
+from shoal.recipe import Distillation
 from shoal.text.labelled import Labelled, Preferences
+from shoal.value import Value
 
 Examples = Labelled | Preferences
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.checkpoints.load import DTYPES, choose_dtype
+from shoal.checkpoints.device import DTYPES, choose_dtype
 from shoal.distil.descent import Descent
 from shoal.distil.trainable import autocast, checkpoint_gradients
 from shoal.files import write_aside
-from shoal.linearity.moments import measure_moments
+from shoal.linearity.accumulate import measure_moments
 from shoal.linearity.scores import BlockLinearity, score_blocks
 from shoal.measure.divergence import pick_log_probs
 from shoal.measure.perplexity import mean_and_error

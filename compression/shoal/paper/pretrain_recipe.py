@@ -6,7 +6,9 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from shoal.recipe import PACKAGED_TEXT, Sources, Steps, Value, fingerprint
+from shoal.recipe import Steps
+from shoal.texts import PACKAGED_TEXT, Sources
+from shoal.value import Value, fingerprint
 
 RegularizerKind = Literal["none", "cosine", "mse"]
 

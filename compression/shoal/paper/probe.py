@@ -19,19 +19,20 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.checkpoints.load import load_model, load_tokenizer, recipe_of
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.checkpoints.names import recipe_of
 from shoal.models.structure import find_blocks, watch_boundaries
 from shoal.progress import Listener, ignore
-from shoal.recipe import text_format
 from shoal.text.rows import read_rows
 from shoal.text.windows import require_embeddings
+from shoal.texts import text_format
 
 BATCH_SIZE = 16
 MAX_ITERATIONS = 1000
 
 
 @dataclass(frozen=True)
-class LabelledTexts:
+class ProbeTexts:
     """Texts, each with the class that it belongs to."""
 
     name: str
@@ -56,7 +57,7 @@ class LabelledTexts:
         return max(Counter(self.labels).values()) / len(self.labels)
 
 
-def load_labelled(source: str) -> LabelledTexts:
+def load_probe_texts(source: str) -> ProbeTexts:
     """The rows of a .jsonl or .parquet file or Hub dataset with `text` and `label` (a string, whole number or truth value).
 
     Raises ValueError that names the row for one that has not.
@@ -73,7 +74,7 @@ def load_labelled(source: str) -> LabelledTexts:
         labels.append(str(label))
     if not texts:
         raise ValueError(f"{source!r} holds no labelled text")
-    return LabelledTexts(Path(source).name if text_format(source) else source, texts, labels)
+    return ProbeTexts(Path(source).name if text_format(source) else source, texts, labels)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Probe:
 
 
 def probe_model(
-    name: str, labelled: LabelledTexts, *, window: int = 256, num_folds: int = 5, seed: int = 0,
+    name: str, labelled: ProbeTexts, *, window: int = 256, num_folds: int = 5, seed: int = 0,
     dtype: str | None = None, listen: Listener = ignore,
 ) -> Probe:  # fmt: skip
     """How well the labels can be read off model `name` at each boundary; of each text, the first `window` tokens.

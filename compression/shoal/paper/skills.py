@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.checkpoints.load import load_tokenizer, recipe_of
+from shoal.checkpoints.load import load_tokenizer
+from shoal.checkpoints.names import recipe_of
 from shoal.measure.divergence import find_normalizer
 from shoal.measure.perplexity import mean_and_error
 from shoal.measure.task_scores import TaskResult, compare_results, load_beside
+from shoal.point import TaskScore
 from shoal.progress import Listener, ignore
-from shoal.recipe import TaskScore
 from shoal.text.corpus import load_unseen
 from shoal.text.sources import Documents
 from shoal.text.windows import require_embeddings

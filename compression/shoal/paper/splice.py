@@ -16,16 +16,17 @@ from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
 from shoal.checkpoints.load import load_model, load_tokenizer
-from shoal.linearity.moments import Moments, measure_moments
+from shoal.linearity.accumulate import measure_moments
+from shoal.linearity.moments import Moments
 from shoal.linearity.scores import BlockLinearity, require_calibration, score_blocks
 from shoal.measure.perplexity import mean_and_error, score_windows
 from shoal.measure.targets import TeacherTargets, measure_targets
 from shoal.progress import Listener, count_on, ignore
-from shoal.recipe import Text, Texts
 from shoal.replace.fit import fit_independent
 from shoal.replace.maps import Replacement, make_replaced
 from shoal.text.corpus import load_corpus
 from shoal.text.windows import TokenWindows
+from shoal.texts import Text, Texts
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from shoal.large.on_disk import keep_off_memory, weights_on_disk
 from shoal.linearity.gram import Gram
 from shoal.models.calls import Call
-from shoal.models.structure import find_down_proj, list_projections, width_in, width_out
+from shoal.models.projections import find_down_proj, list_projections, width_in, width_out
 from shoal.replace.fit import fit_projection
 from shoal.replace.sinks import add_apart, find_all_sinks
 from shoal.replace.unit_stack import Stream

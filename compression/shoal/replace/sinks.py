@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shoal.linearity.gram import Gram
-from shoal.linearity.moments import find_sinks, measure_norms
+from shoal.linearity.sinks import find_sinks, measure_norms
 
 
 def find_all_sinks(*streams_btd: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from shoal.large.on_disk import in_memory
 from shoal.models.calls import Call, embed, record_calls
 from shoal.models.modeling_shoal import Absent
-from shoal.models.structure import find_blocks, has_matrix
+from shoal.models.projections import has_matrix
+from shoal.models.structure import find_blocks
 
 Stream = list[Tensor]
 """Batches [batch, time, d] of the residual stream."""

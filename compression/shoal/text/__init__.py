@@ -2,5 +2,5 @@
 
 Begin with `corpus`, which deals documents out to calibration, distillation, selection and evaluation. `sources` and `rows`
 read, `windows` cuts, `leakage` checks that evaluation text was not seen, `labelled` reads classes and preferences.
-May import `models` and what lies on the ground (`recipe`, `files`, `progress`, `errors`).
+May import `models` and the ground.
 """

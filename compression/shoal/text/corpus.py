@@ -15,10 +15,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from shoal.files import write_aside
 from shoal.models.structure import is_causal
-from shoal.recipe import Texts
 from shoal.text.leakage import check_overlap
 from shoal.text.sources import Documents, load_documents
 from shoal.text.windows import TokenWindows, close_windows, deal_documents, make_windows, require_embeddings
+from shoal.texts import Texts
 
 TRAINING_ROLES = ("calibration", "distillation", "selection")
 

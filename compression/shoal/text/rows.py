@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from shoal.files import require_path
-from shoal.recipe import PACKAGED_TEXT, PACKED, TEXT_FORMATS, text_format
+from shoal.texts import PACKAGED_TEXT, PACKED, TEXT_FORMATS, text_format
 
 Row = dict[str, Any]
 

@@ -21,8 +21,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from shoal.files import require_path
-from shoal.recipe import PACKAGED_TEXT, text_format
 from shoal.text.rows import Row, read_rows, read_text
+from shoal.texts import PACKAGED_TEXT, text_format
 
 TEXT_COLUMNS = ("text", "content", "document", "story", "article")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")

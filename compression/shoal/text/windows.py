@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from shoal.recipe import Text
 from shoal.text.sources import Documents
+from shoal.texts import Text
 
 # Fractions of a source that several roles share. A role gets what it needs from its share, and no more.
 SHARES = {"pretraining": 0.8, "calibration": 0.4, "distillation": 0.4, "selection": 0.08, "evaluation": 0.12}

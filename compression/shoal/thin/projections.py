@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shoal.models.calls import embed, record_calls
-from shoal.models.structure import find_blocks, find_projections
+from shoal.models.projections import find_projections
+from shoal.models.structure import find_blocks
 from shoal.replace.in_order import split_evenly
 from shoal.text.windows import TokenWindows
 

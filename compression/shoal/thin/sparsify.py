@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shoal.models.structure import find_projections
+from shoal.models.projections import find_projections
 from shoal.recipe import Sparsity
 from shoal.text.windows import TokenWindows
 from shoal.thin.projections import walk_projections

@@ -50,7 +50,7 @@ def _find_versions() -> str:
 
 
 def _find_device() -> str:
-    from shoal.checkpoints.load import choose_device, choose_dtype
+    from shoal.checkpoints.device import choose_device, choose_dtype
 
     device = choose_device()
     return f"{device}, {str(choose_dtype(device)).removeprefix('torch.')}"

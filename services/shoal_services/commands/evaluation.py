@@ -20,7 +20,7 @@ from shoal_services.commands.options import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shoal.recipe import TaskScore
+    from shoal.point import TaskScore
 
 
 def evaluate(

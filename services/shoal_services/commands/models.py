@@ -27,7 +27,8 @@ from shoal_services.commands.options import (
 
 if TYPE_CHECKING:
     from shoal.linearity.profile import Profile
-    from shoal.recipe import Recipe, Texts
+    from shoal.recipe import Recipe
+    from shoal.texts import Texts
     from shoal.units import Unit
 
 
@@ -189,7 +190,7 @@ def compress(
 
         shoal compress ./my-llama --blocks 12,13,14 --text corpus.txt --evaluation-text held-out.txt
     """
-    from shoal.checkpoints.load import read_config
+    from shoal.checkpoints.config import read_config
     from shoal.compression import compress as run
     from shoal.models.structure import is_causal
     from shoal.recipe import Distillation, Recipe

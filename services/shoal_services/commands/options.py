@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shoal.recipe import Texts
+    from shoal.texts import Texts
 
 Model = Annotated[
     str, typer.Argument(help="Hub id, folder, .gguf file, or a packaged alias: smollm2-135m, minilm-l6-v2, tiny-random.")
@@ -49,7 +49,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts ins
 
 def choose_window(window: int | None, models: list[str], revisions: Sequence[str | None] = (None,)) -> int:
     """The window that was asked for, or 1024 tokens, or what all of these models take."""
-    from shoal.checkpoints.load import load_tokenizer, read_config
+    from shoal.checkpoints.config import read_config
+    from shoal.checkpoints.load import load_tokenizer
     from shoal.text.corpus import find_context
 
     if window is not None:
@@ -63,6 +64,6 @@ def choose_window(window: int | None, models: list[str], revisions: Sequence[str
 
 def make_texts(train: list[str], evaluation: list[str], **sizes: int | None) -> Texts:
     """The texts that the options name. Raises ValueError for what cannot be."""
-    from shoal.recipe import Texts
+    from shoal.texts import Texts
 
     return Texts.model_validate({"train": tuple(train), "evaluation": tuple(evaluation), **sizes})

@@ -50,12 +50,12 @@ def probe(
 
         shoal probe smollm2-135m smollm2-135m-linear-6 --data labelled.jsonl --json
     """
-    from shoal.paper.probe import load_labelled, probe_model
+    from shoal.paper.probe import load_probe_texts, probe_model
 
     from shoal_services.commands.terminal import show_progress
     from shoal_services.console import show
 
-    labelled = load_labelled(data)
+    labelled = load_probe_texts(data)
     labelled.require(folds)
     with show_progress() as listen:
         probes = [

@@ -8,8 +8,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator
 from shoal.checkpoints.load import load_tokenizer
 from shoal.paper.finetune import Examples, Finetuning
-from shoal.recipe import Texts, Value
 from shoal.text.labelled import load_labelled, load_preferences
+from shoal.texts import Texts
+from shoal.value import Value
 
 from shoal_services.training.workers import Workers, resolve
 

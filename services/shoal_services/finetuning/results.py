@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from shoal.linearity.profile import Profile
 from shoal.linearity.scores import BlockLinearity
-from shoal.recipe import Text
+from shoal.texts import Text
 
 from shoal_services.finetuning.config import FinetuneConfig
 from shoal_services.training.estimate import Estimate

@@ -13,7 +13,7 @@ import ray.train.torch
 import torch
 from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.files import write_text
-from shoal.linearity.moments import measure_moments
+from shoal.linearity.accumulate import measure_moments
 from shoal.linearity.scores import require_calibration, score_blocks
 from shoal.paper.finetune import FinetuningRun
 from shoal.progress import Listener, ignore

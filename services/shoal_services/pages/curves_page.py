@@ -13,7 +13,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 from shoal.files import write_text
-from shoal.recipe import Point, Recipe, TaskScore
+from shoal.point import Point, TaskScore
+from shoal.recipe import Recipe
 
 from shoal_services.pages.axes import log_axis
 from shoal_services.pages.frontier_page import describe_measurement, span_errors

@@ -11,7 +11,8 @@ from pathlib import Path
 import plotly.graph_objects as go
 from shoal.files import write_text
 from shoal.frontier import find_frontier, name_picks
-from shoal.recipe import KINDS, Point, Recipe
+from shoal.point import Point
+from shoal.recipe import KINDS, Recipe
 
 from shoal_services.pages.axes import log_axis
 from shoal_services.pages.page import PALETTE, draw, make_page, make_table

@@ -11,7 +11,8 @@ from shoal.encoders import EncoderPoint
 from shoal.frontier import name_picks
 from shoal.linearity.profile import Profile
 from shoal.linearity.scores import RANKING_REASON, BlockLinearity
-from shoal.recipe import Evaluation, Point, Recipe, TaskScore
+from shoal.point import Evaluation, Point, TaskScore
+from shoal.recipe import Recipe
 
 
 def comparison_table(profiles: Sequence[Profile]) -> Table:

@@ -15,7 +15,7 @@ from shoal.paper.pretrain_recipe import (
     RegularizerKind,
     require_not_negative,
 )
-from shoal.recipe import Value
+from shoal.value import Value
 
 from shoal_services.complaints import read_strict
 from shoal_services.training.workers import Workers, resolve

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from shoal.files import write_text
 from shoal.paper.pretrain_recipe import PretrainRecipe, Regularizer
-from shoal.recipe import Text
+from shoal.texts import Text
 
 from shoal_services.pretraining.config import PretrainConfig
 from shoal_services.training.estimate import Estimate

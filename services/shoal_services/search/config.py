@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from shoal.recipe import Distillation, LossWeights, Recipe, Texts, Value
+from shoal.recipe import Distillation, LossWeights, Recipe
+from shoal.texts import Texts
+from shoal.value import Value
 
 from shoal_services.complaints import read_strict, suggest
 from shoal_services.search.space import Choice, Range, Space, list_ends, parse_kind

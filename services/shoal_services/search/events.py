@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from shoal.recipe import Point
+from shoal.point import Point
 
 from shoal_services.search.folder import TrialResult
 from shoal_services.training.trial_events import TrialEvents

@@ -20,7 +20,7 @@ from typing import Self
 
 from shoal.files import write_text
 from shoal.frontier import find_frontier
-from shoal.recipe import Point
+from shoal.point import Point
 
 from shoal_services.search.config import SearchConfig
 from shoal_services.tracking.registry import PROMOTED

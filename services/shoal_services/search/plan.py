@@ -105,7 +105,7 @@ def read_shape(name: str, revision: str | None = None) -> ModelShape:
             return ModelShape.from_config(json.loads(Path(name).read_text()))
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"--model-config {name!r} cannot be read: {error}") from error
-    from shoal.checkpoints.load import read_config  # torch is not needed for the other two
+    from shoal.checkpoints.config import read_config  # torch is not needed for the other two
 
     return ModelShape.from_config(read_config(name, revision=revision).to_dict())
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from shoal.checkpoints.packaged import ALIASES
-from shoal.recipe import text_format
+from shoal.texts import text_format
 
 from shoal_services.search.config import SearchConfig
 

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from shoal.checkpoints.load import choose_device, hash_weights, load_model, load_tokenizer
-from shoal.linearity.moments import Moments, measure_moments
+from shoal.checkpoints.device import choose_device
+from shoal.checkpoints.hashes import hash_weights
+from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.linearity.accumulate import measure_moments
+from shoal.linearity.moments import Moments
 from shoal.linearity.scores import require_calibration, score_blocks, write_scores
 from shoal.measure.targets import TeacherTargets, measure_targets
 from shoal.measure.task_scores import save_results

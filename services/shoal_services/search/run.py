@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-from shoal.checkpoints.load import describe_source
+from shoal.checkpoints.names import describe_source
 from shoal.files import write_text
 from shoal.frontier import find_frontier, name_picks
 from shoal.linearity.scores import BlockLinearity, read_scores, write_scores
-from shoal.recipe import Point
+from shoal.point import Point
 
 from shoal_services.cluster.connect import connect
 from shoal_services.cluster.preflight import clear_cluster

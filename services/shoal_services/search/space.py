@@ -11,7 +11,8 @@ import re
 from typing import Annotated, Any, Generic, Self, TypeVar, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
-from shoal.recipe import KINDS, Fit, Selection, Trained, Value
+from shoal.recipe import KINDS, Fit, Selection, Trained
+from shoal.value import Value
 from typing_extensions import TypeAliasType
 
 from shoal_services.complaints import RANGES

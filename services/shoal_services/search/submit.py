@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from ray.job_submission import JobSubmissionClient
-from shoal.recipe import fingerprint
+from shoal.value import fingerprint
 
 from shoal_services.cluster.jobs import FOLDER_TAG, NAME_TAG, list_details
 from shoal_services.search.config import SearchConfig

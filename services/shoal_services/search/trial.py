@@ -18,19 +18,30 @@ import torch
 import torch.distributed as dist
 from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.checkpoints.store import save, save_point
-from shoal.compression import Stopwatch, choose, evaluate_all, fit, make_lesson, make_point, name_inputs, thin_weights
+from shoal.compression import (
+    Stopwatch,
+    choose,
+    evaluate_all,
+    fit,
+    make_lesson,
+    make_point,
+    name_inputs,
+    replace,
+    thin_weights,
+)
 from shoal.distil.run import DistillationRun
 from shoal.errors import Collapsed
-from shoal.large.on_disk import copy_model
 from shoal.measure.perplexity import score_windows
 from shoal.measure.size_and_speed import measure_size, measure_speeds
 from shoal.measure.task_scores import compare_results, load_results
+from shoal.point import TaskScore
 from shoal.prepare import Preparation
 from shoal.progress import Listener, ignore
-from shoal.recipe import Distillation, Recipe, TaskScore, fingerprint
-from shoal.replace.maps import Replacement, apply_replacement
+from shoal.recipe import Distillation, Recipe
+from shoal.replace.maps import Replacement
 from shoal.text.corpus import Corpus
 from shoal.units import whole_blocks
+from shoal.value import fingerprint
 from transformers import PreTrainedModel
 
 from shoal_services.search.config import SearchConfig
@@ -93,8 +104,7 @@ class Trial:
         recipe = name_inputs(recipe, model, corpus)
         with self.watch.time("fit"):
             recipe, replacement = self._fit_once(recipe, model, corpus, preparation)
-            student = copy_model(model)
-            apply_replacement(student, replacement)
+            student = replace(model, replacement)
         if recipe.weight_changes:
             with self.watch.time("thin"):
                 thin_weights(recipe, student, corpus, listen=self.listen)

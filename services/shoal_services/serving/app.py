@@ -18,7 +18,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from shoal.recipe import fingerprint
+from shoal.value import fingerprint
 
 from shoal_services.complaints import explain_validation
 from shoal_services.serving.deploy import Fleet

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
-from shoal.recipe import fingerprint
+from shoal.value import fingerprint
 
 from shoal_services.cluster.connect import connect
 from shoal_services.serving.application import (

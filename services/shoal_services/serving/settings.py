@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
-from shoal.recipe import Value
+from shoal.value import Value
 
 # What other settings say, and what nothing may switch on: code from a model's folder is never run.
 FIXED_OPTIONS = {"model", "tokenizer", "dtype", "max_model_len", "max_num_seqs", "trust_remote_code"}

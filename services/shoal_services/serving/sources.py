@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from shoal.checkpoints.load import describe_source
+from shoal.checkpoints.names import describe_source
 from shoal.checkpoints.packaged import ALIASES
-from shoal.recipe import Point, fingerprint
+from shoal.point import Point
+from shoal.value import fingerprint
 
 from shoal_services.complaints import read_strict
 from shoal_services.serving.settings import ServeSettings, VariantSettings

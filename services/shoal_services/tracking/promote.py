@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.checkpoints.store import hash_folder
+from shoal.checkpoints.hashes import hash_folder
 from shoal.files import write_text
-from shoal.recipe import Point
+from shoal.point import Point
 
 from shoal_services.tracking.registry import (
     HASH_TAG,

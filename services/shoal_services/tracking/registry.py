@@ -13,7 +13,7 @@ from shoal_services.console import mask_passwords
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
-    from shoal.recipe import Point
+    from shoal.point import Point
 
 # MLflow's own patience is minutes per call (7 retries of 120 s): the thread would hang on a dead server.
 CLIENT_ENVIRONMENT = {

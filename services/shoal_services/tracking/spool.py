@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.files import write_text
-from shoal.recipe import fingerprint
+from shoal.value import fingerprint
 
 Record = dict[str, Any]
 

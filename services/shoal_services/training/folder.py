@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 from pydantic import ValidationError
 from shoal.files import write_once, write_text
-from shoal.recipe import Value
+from shoal.value import Value
 
 Status = Literal["finished", "collapsed", "stopped", "failed"]
 OUT_OF_MEMORY = "out of memory"

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 from shoal.files import require_path
-from shoal.recipe import Value
+from shoal.value import Value
 
 V = TypeVar("V", bound=Value)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoal.checkpoints.load import modeling_shoal
+from shoal.models import modeling_shoal
 from shoal.models.modeling_shoal import PREFIX, LinearBlock, list_blocks
 from torch import Tensor
 

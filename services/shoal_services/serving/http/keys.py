@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import Field, TypeAdapter
 from shoal.files import write_aside
-from shoal.recipe import Value
+from shoal.value import Value
 
 PREFIX = "sk-shoal-"
 
