@@ -59,13 +59,13 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_lengt
 
 
 class Texts(Value):
-    """Where the texts come from (one source or several, see `shoal.text.windows`) and how much of them is used.
+    """Where the texts come from (one source or several, see `shoal.text.sources`) and how much of them is used.
 
     A source named both for training and for evaluation is shared out by documents.
     """
 
-    train: Sources = (PACKAGED_TEXT,)
-    evaluation: Sources = (PACKAGED_TEXT,)
+    train: Sources = Field(default=(PACKAGED_TEXT,), description="to calibrate, distil and choose on")
+    evaluation: Sources = Field(default=(PACKAGED_TEXT,), description="to report on; the first one ranks")
     calibration_tokens: int | None = Field(default=None, ge=1, description="None: what the model's width asks for")
     evaluation_tokens: int = Field(default=16_384, ge=1, description="of each evaluation text")
     selection_tokens: int = Field(default=4_096, ge=1, description="held out from training: for choices and early stops")
@@ -79,10 +79,10 @@ class Texts(Value):
 class LossWeights(Value):
     """Weights of the distillation losses; those with weight 0 are not computed."""
 
-    logit_kl: float = Field(default=1.0, ge=0)
-    layer_mse: float = Field(default=0.0, ge=0)
-    square_head: float = Field(default=0.0, ge=0)
-    cosine: float = Field(default=0.0, ge=0)
+    logit_kl: float = Field(default=1.0, ge=0, description="weight: KL from the dense model's next-token distribution")
+    layer_mse: float = Field(default=0.0, ge=0, description="weight: squared error of the stream, summed over layers")
+    square_head: float = Field(default=0.0, ge=0, description="weight: the same over the stream's energy, mean over layers")
+    cosine: float = Field(default=0.0, ge=0, description="weight: 1 − cosine of the streams")
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
@@ -99,14 +99,14 @@ class LossWeights(Value):
 class Steps(Value):
     """How weights are trained: AdamW over token windows, a linear warm-up and a cosine to zero."""
 
-    num_tokens: int = Field(default=131_072, ge=1)
-    learning_rate: float = Field(default=5e-4, gt=0)
-    window: int = Field(default=512, ge=8)
-    windows_per_step: int = Field(default=4, ge=1)
-    windows_per_pass: int = Field(default=4, ge=1)
-    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_gradient_norm: float = Field(default=1.0, gt=0)
+    num_tokens: int = Field(default=131_072, ge=1, description="to learn from")
+    learning_rate: float = Field(default=5e-4, gt=0, description="the highest, after the warm-up")
+    window: int = Field(default=512, ge=8, description="tokens per training window")
+    windows_per_step: int = Field(default=4, ge=1, description="the batch of an optimiser step")
+    windows_per_pass: int = Field(default=4, ge=1, description="of those, how many at once; fewer take less memory")
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="share of the steps that warm up")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's")
+    max_gradient_norm: float = Field(default=1.0, gt=0, description="longer gradients are shortened to it")
     gradient_checkpointing: bool = Field(default=False, description="less memory: blocks run again on the way back")
 
     @property
@@ -118,10 +118,10 @@ class Steps(Value):
 class Distillation(Steps):
     """How the replacements learn from the dense model."""
 
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, description="of both distributions in logit_kl")
     loss: LossWeights = LossWeights()
-    trained: Trained = "lora"
-    lora_rank: int = Field(default=32, ge=1)
+    trained: Trained = Field(default="lora", description="which weights learn: maps alone, maps and LoRA factors, or all")
+    lora_rank: int = Field(default=32, ge=1, description="of the LoRA factors")
     patience: int | None = Field(default=None, ge=1, description="checks without improvement before an early stop")
 
 
@@ -149,20 +149,22 @@ class Recipe(Value):
     base_model: str
     revision: str | None = None
     weights_sha256: str | None = None
-    num_replaced: int = Field(ge=0)
+    num_replaced: int = Field(ge=0, description="blocks that go")
     blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    kind: Kind = "linear"
+    kind: Kind = Field(default="linear", description="what stands in for a run of replaced blocks")
     rank: int | None = Field(default=None, ge=1)
-    selection: Selection = "linearity"
-    fit: Fit = "in_order"
-    refit_down_proj: bool = True
+    selection: Selection = Field(default="linearity", description="how blocks are chosen (`shoal.replace.choose`)")
+    fit: Fit = Field(default="in_order", description="maps on the student's own stream, or each on the dense model's")
+    refit_down_proj: bool = Field(default=True, description="fit `down_proj` of kept blocks again in the same walk")
     ridge: float | None = Field(default=None, ge=0, description="None: chosen on held-out tokens")
-    weight_share: float | None = Field(default=None, gt=0, lt=1)
-    sparsity: Annotated[Sparsity | None, BeforeValidator(read_sparsity)] = None
+    weight_share: float | None = Field(default=None, gt=0, lt=1, description="of parameters that SVD factors keep")
+    sparsity: Annotated[Sparsity | None, BeforeValidator(read_sparsity)] = Field(
+        default=None, description="zeros by Wanda: a share below 1, '2:4' or '4:8'"
+    )
     calibration: tuple[Text, ...] = ()
     distillation_text: Text | None = None
     distillation: Distillation | None = None
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of new weights and the order of windows")
     dtype: str | None = None
 
     @field_validator("blocks")
