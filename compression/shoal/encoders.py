@@ -77,7 +77,7 @@ def compress_encoder(
     listen("load", 0, 1)
     model = load_model(recipe.base_model, revision=recipe.revision, dtype=recipe.dtype, any_kind=True)
     if is_causal(model.config):
-        raise ValueError(f"{recipe.base_model!r} is a decoder: shoal.compress.compress makes it shallower")
+        raise ValueError(f"{recipe.base_model!r} is a decoder: shoal.compress makes it shallower")
     tokenizer = load_tokenizer(recipe.base_model, revision=recipe.revision)
     corpus = load_corpus(texts or Texts(), tokenizer, model.config)
     require_calibration(corpus.calibration, model)
