@@ -25,6 +25,7 @@ README = Path(__file__).parents[1] / "tune_configs" / "README.md"
 BEGIN, END = "<!-- made by tests/config_reference.py: begin -->\n", "<!-- made by tests/config_reference.py: end -->\n"
 NAMES = {int: "whole number", float: "number", bool: "true, false", str: "text", Path: "folder", dict: "mapping"}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+NO_BOUND = 2**31  # what only keeps a seed in a machine's word
 HEADER = "| key | values | default | meaning |\n|---|---|---|---|\n"
 
 
@@ -47,30 +48,35 @@ def render_parts(model: type[BaseModel], path: str = "") -> Iterator[str]:
 
 
 def render_row(model: type[BaseModel], name: str, field: FieldInfo) -> str:
-    cells = (f"`{name}`", name_values(model, name, field), name_default(field), describe(model, name, field))
-    return f"| {' | '.join(cells)} |\n"
+    said = find_description(model, name)
+    meaning = str(said.description).replace("None:", "none:")
+    return f"| `{name}` | {name_values(model, name, said)} | {name_default(field)} | {meaning} |\n"
 
 
-def describe(model: type[BaseModel], name: str, field: FieldInfo) -> str:
-    """What a key means. Raises ValueError where nobody says it."""
+def find_description(model: type[BaseModel], name: str) -> FieldInfo:
+    """The field that says what a key means. Raises ValueError where none does."""
     parents = [one for one in model.__mro__ if issubclass(one, BaseModel) and one is not BaseModel]
     for place in (*parents, Recipe, Distillation, LossWeights) if model is Space else parents:
         if name in place.model_fields and place.model_fields[name].description:
-            return str(place.model_fields[name].description)
+            return place.model_fields[name]
     raise ValueError(f"{model.__name__}.{name} has no description: give its field one")
 
 
-def name_values(model: type[BaseModel], name: str, field: FieldInfo) -> str:
-    """What may stand there, with its bounds."""
-    if find_model(field.annotation) is not None:
+def name_values(model: type[BaseModel], name: str, said: FieldInfo) -> str:
+    """What may stand there, with the bounds of the field that describes it."""
+    kind = model.model_fields[name].annotation
+    if find_model(kind) is not None:
         return "see below"
     if name == "kind" and model is Space:
         return "linear, low_rank(RANK), folded, dropped"
-    bounds = [
-        f"{sign} {getattr(rule, key):g}" for rule in field.metadata for key, sign in BOUNDS.items() if hasattr(rule, key)
-    ]
-    constant = ["never an axis"] if model is Space and not is_axis(field.annotation) else []
-    return ", ".join(dict.fromkeys([*name_type(field.annotation), *bounds, *constant]))
+    bounds = [f"{sign} {bound:g}" for sign, bound in list_bounds(said) if bound < NO_BOUND]
+    constant = ["never an axis"] if model is Space and not is_axis(kind) else []
+    return ", ".join(dict.fromkeys([*name_type(kind), *bounds, *constant]))
+
+
+def list_bounds(said: FieldInfo) -> list[tuple[str, float]]:
+    """The signs and numbers of a field's bounds."""
+    return [(sign, getattr(rule, key)) for rule in said.metadata for key, sign in BOUNDS.items() if hasattr(rule, key)]
 
 
 def name_type(kind: Any) -> list[str]:
@@ -97,7 +103,7 @@ def name_default(field: FieldInfo) -> str:
         return "none"
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def find_model(kind: Any) -> type[BaseModel] | None:

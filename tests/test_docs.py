@@ -10,6 +10,7 @@ from pathlib import Path
 import config_reference
 import pytest
 import typer
+from conftest import write_prose
 from shoal_services.cli import app
 from shoal_services.pretraining.config import load_pretrain_config
 from shoal_services.search.config import load_config
@@ -226,9 +227,11 @@ def test_every_search_file_has_a_line():
     assert not [path.name for path in (ROOT / "tune_configs").glob("*.yaml") if f"| `{path.name}` |" not in text]
 
 
-def test_the_python_of_the_library_runs(tmp_path, monkeypatch):
-    """All blocks of its README, one after the other, with a tiny model in place of the real one."""
+def test_the_python_of_the_library_runs(tiny_random, tmp_path, monkeypatch):
+    """All blocks of its README, one after the other, with a tiny model and generated pages in place of the real ones."""
+    pages = [write_prose(tmp_path / f"{seed}.txt", num_sentences=50, seed=seed).read_text() for seed in range(40)]
+    monkeypatch.setattr("shoal.text.sources._read_wikipedia_sample", lambda: pages)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in read_blocks(ROOT / "compression" / "README.md", ("python",)):
-        exec(block.replace("smollm2-135m", "tiny-random"), names)
+        exec(block.replace("smollm2-135m", tiny_random), names)

@@ -153,7 +153,7 @@ class Recipe(Value):
     blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     kind: Kind = Field(default="linear", description="what stands in for a run of replaced blocks")
     rank: int | None = Field(default=None, ge=1)
-    selection: Selection = Field(default="linearity", description="how blocks are chosen (`shoal.replace.choose`)")
+    selection: Selection = Field(default="linearity", description="how blocks are chosen; listed is not for searches")
     fit: Fit = Field(default="in_order", description="maps on the student's own stream, or each on the dense model's")
     refit_down_proj: bool = Field(default=True, description="fit `down_proj` of kept blocks again in the same walk")
     ridge: float | None = Field(default=None, ge=0, description="None: chosen on held-out tokens")
