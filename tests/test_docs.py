@@ -1,4 +1,4 @@
-"""What the README says exists: its commands, options, files and folders."""
+"""What the READMEs say exists: commands, options, files, modules, keys; and their Python runs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import config_reference
 import pytest
 import typer
+from conftest import write_prose
 from shoal_services.cli import app
 from shoal_services.pretraining.config import load_pretrain_config
 from shoal_services.search.config import load_config
 from shoal_services.serving.sources import read_sources
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted(path for path in (ROOT / "README.md", *(ROOT / "k8s").glob("*.md")) if path.is_file())
+FOLDERS = ("compression", "services", "tests", "tune_configs", "k8s")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "compression" / "FINDINGS.md"]
+DOCUMENTS += [ROOT / folder / "README.md" for folder in FOLDERS]
+MAX_LINES = 150  # of the main README
 SHELLS = ("bash", "sh", "shell", "console")
 PLACEHOLDER = re.compile(r"[A-Z_]+$|\.\.\.|…")
 COMMAND = typer.main.get_command(app)
@@ -68,7 +73,11 @@ def list_commands(group=COMMAND) -> Iterator[tuple[str, object]]:
             yield name, command
 
 
-COMMANDS = [(path.name, command) for path in DOCUMENTS for command in read_commands(path)]
+def name_document(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+COMMANDS = [(name_document(path), command) for path in DOCUMENTS for command in read_commands(path)]
 EXAMPLES = [
     (name, line.strip())
     for name, command in list_commands()
@@ -77,7 +86,7 @@ EXAMPLES = [
 ]
 
 
-@pytest.mark.parametrize(("document", "command"), COMMANDS, ids=[command for _, command in COMMANDS])
+@pytest.mark.parametrize(("document", "command"), COMMANDS, ids=[": ".join(pair) for pair in COMMANDS])
 def test_every_command_in_the_documents_parses(document, command):
     parse(command)
 
@@ -102,18 +111,33 @@ def test_every_command_has_examples(name):
     assert any(command == name for command, _ in EXAMPLES)
 
 
-@pytest.mark.parametrize("block", [b for b in read_blocks(ROOT / "README.md", ("yaml",)) if "variants:" in b])
-def test_what_the_readme_says_of_serving_is_served(block, tmp_path):
+def read_files(key: str) -> list[str]:
+    """The YAML blocks of all documents that are files with this key."""
+    return [block for path in DOCUMENTS for block in read_blocks(path, ("yaml",)) if re.search(f"^{key}:", block, re.M)]
+
+
+@pytest.mark.parametrize("block", read_files("variants"))
+def test_what_the_readmes_say_of_serving_is_served(block, tmp_path):
     file = tmp_path / "serve.yaml"
     file.write_text(block)
     assert read_sources([str(file)]).variants
 
 
-def test_the_readme_names_every_command():
-    if not COMMANDS:
-        pytest.skip("the README holds no commands yet")
-    told = {command.split()[1] for _, command in COMMANDS if len(command.split()) > 1}
-    assert set(COMMAND.commands) <= told
+@pytest.mark.parametrize("block", read_files("model"))
+def test_the_searches_in_the_readmes_load(block, tmp_path):
+    file = tmp_path / "search.yaml"
+    file.write_text(block)
+    assert load_config(file).num_trials
+
+
+def test_the_readmes_name_every_command():
+    assert set(COMMAND.commands) <= {command.split()[1] for _, command in COMMANDS if len(command.split()) > 1}
+
+
+def test_the_main_readme_is_short_and_leads_to_every_folder():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    assert not [folder for folder in FOLDERS if f"({folder}/README.md)" not in text]
 
 
 def read_tree(text: str) -> list[str]:
@@ -135,38 +159,48 @@ def read_tree(text: str) -> list[str]:
     return paths
 
 
-TREES = [
-    block
-    for block in read_blocks(ROOT / "README.md", ("", "text"))
-    if "compression/" in block and "services/" in block and "tests/" in block
-]
+TREES = [block for path in DOCUMENTS for block in read_blocks(path, ("",)) if block.split()[0].endswith("/")]
 
 
-def test_the_layout_in_the_readme_is_on_disk():
-    if not TREES:
-        pytest.skip("the README holds no layout tree yet")
-    for tree in TREES:
-        named = [path for path in read_tree(tree) if not PLACEHOLDER.search(path)]
-        root = named[0] if named[0].strip("/") in ("shoal", ".") else ""
-        missing = [path for path in named if not list(ROOT.glob(path.removeprefix(root).strip("/") or "*"))]
-        assert not missing
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: tree.split()[0])
+def test_a_layout_is_on_disk(tree):
+    named = [path for path in read_tree(tree) if not PLACEHOLDER.search(path)]
+    assert not [path for path in named if not list(ROOT.glob(path.strip("/")))]
 
 
-def test_the_layout_names_every_folder():
-    if not TREES:
-        pytest.skip("the README holds no layout tree yet")
-    told = {path.strip("/").split("/")[0] for path in read_tree(TREES[0])}
-    assert {"compression", "services", "tune_configs", "tests"} <= told
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_document)
 def test_named_files_exist(document):
-    """Every tune_configs/….yaml, k8s/….yaml and relative link of a document."""
+    """Every YAML and Python file, and every relative link, of a document; links lead to headings that are there."""
     text = document.read_text(encoding="utf-8")
-    named = re.findall(r"\b((?:tune_configs|k8s)/[\w.-]+\.yaml)", text)
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:|#", link)]
-    assert not [path for path in named if not (ROOT / path).is_file()]
-    assert not [link for link in links if not (document.parent / link).exists()]
+    assert not [path for path in re.findall(r"\b((?:tune_configs|k8s)/[\w.-]+\.yaml)", text) if not (ROOT / path).is_file()]
+    assert not [path for path in re.findall(r"[\w/.-]*\w\.py\b", text) if not list(ROOT.glob(f"**/{path}"))]
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        place, _, heading = link.partition("#")
+        if not re.match(r"[a-z]+:", link):
+            target = document.parent / place if place else document
+            assert target.exists(), link
+            assert not heading or heading in list_anchors(target), link
+
+
+def list_anchors(path: Path) -> list[str]:
+    """The headings of a document as GitHub links to them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_document)
+def test_named_modules_exist(document):
+    """`shoal.replace.choose` is a module, `shoal.recipe.Recipe` a name in one."""
+    for name in set(re.findall(r"`(shoal(?:_services)?(?:\.\w+)+)", document.read_text(encoding="utf-8"))):
+        module, _, last = name.rpartition(".")
+        assert read_module(name) or re.search(rf"\b{last}\b", read_module(module)), name
+
+
+def read_module(name: str) -> str:
+    """A module's text, empty where there is no such module."""
+    places = [ROOT / root / name.replace(".", "/") for root in ("compression", "services")]
+    files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+    return files[0].read_text(encoding="utf-8") if files else ""
 
 
 def test_named_searches_load():
@@ -176,8 +210,28 @@ def test_named_searches_load():
             load(ROOT / path)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_document)
 def test_named_make_targets_exist(document):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     named = re.findall(r"^\$?\s*make ([\w-]+)", "\n".join(read_blocks(document, SHELLS)), flags=re.M)
     assert set(named) <= targets
+
+
+def test_the_reference_of_keys_is_that_of_the_schema():
+    text = config_reference.README.read_text(encoding="utf-8")
+    assert text == config_reference.renew(text), "stale: renew it with `python tests/config_reference.py`"
+
+
+def test_every_search_file_has_a_line():
+    text = config_reference.README.read_text(encoding="utf-8")
+    assert not [path.name for path in (ROOT / "tune_configs").glob("*.yaml") if f"| `{path.name}` |" not in text]
+
+
+def test_the_python_of_the_library_runs(tiny_random, tmp_path, monkeypatch):
+    """All blocks of its README, one after the other, with a tiny model and generated pages in place of the real ones."""
+    pages = [write_prose(tmp_path / f"{seed}.txt", num_sentences=50, seed=seed).read_text() for seed in range(40)]
+    monkeypatch.setattr("shoal.text.sources._read_wikipedia_sample", lambda: pages)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in read_blocks(ROOT / "compression" / "README.md", ("python",)):
+        exec(block.replace("smollm2-135m", tiny_random), names)

@@ -28,10 +28,10 @@ KINDS: tuple[Kind, ...] = ("linear", "low_rank", "folded", "dropped")
 class LossWeights(Value):
     """Weights of the distillation losses; those with weight 0 are not computed."""
 
-    logit_kl: float = Field(default=1.0, ge=0)
-    layer_mse: float = Field(default=0.0, ge=0)
-    square_head: float = Field(default=0.0, ge=0)
-    cosine: float = Field(default=0.0, ge=0)
+    logit_kl: float = Field(default=1.0, ge=0, description="weight: KL from the dense model's next-token distribution")
+    layer_mse: float = Field(default=0.0, ge=0, description="weight: squared error of the stream, summed over layers")
+    square_head: float = Field(default=0.0, ge=0, description="weight: the same over the stream's energy, mean over layers")
+    cosine: float = Field(default=0.0, ge=0, description="weight: 1 − cosine of the streams")
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
@@ -48,14 +48,14 @@ class LossWeights(Value):
 class Steps(Value):
     """How weights are trained: AdamW over token windows, a linear warm-up and a cosine to zero."""
 
-    num_tokens: int = Field(default=131_072, ge=1)
-    learning_rate: float = Field(default=5e-4, gt=0)
-    window: int = Field(default=512, ge=8)
-    windows_per_step: int = Field(default=4, ge=1)
-    windows_per_pass: int = Field(default=4, ge=1)
-    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_gradient_norm: float = Field(default=1.0, gt=0)
+    num_tokens: int = Field(default=131_072, ge=1, description="to learn from")
+    learning_rate: float = Field(default=5e-4, gt=0, description="the highest, after the warm-up")
+    window: int = Field(default=512, ge=8, description="tokens per training window")
+    windows_per_step: int = Field(default=4, ge=1, description="the batch of an optimiser step")
+    windows_per_pass: int = Field(default=4, ge=1, description="of those, how many at once; fewer take less memory")
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="share of the steps that warm up")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's")
+    max_gradient_norm: float = Field(default=1.0, gt=0, description="longer gradients are shortened to it")
     gradient_checkpointing: bool = Field(default=False, description="less memory: blocks run again on the way back")
 
     @property
@@ -67,10 +67,10 @@ class Steps(Value):
 class Distillation(Steps):
     """How the replacements learn from the dense model."""
 
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, description="of both distributions in logit_kl")
     loss: LossWeights = LossWeights()
-    trained: Trained = "lora"
-    lora_rank: int = Field(default=32, ge=1)
+    trained: Trained = Field(default="lora", description="which weights learn: maps alone, maps and LoRA factors, or all")
+    lora_rank: int = Field(default=32, ge=1, description="of the LoRA factors")
     patience: int | None = Field(default=None, ge=1, description="checks without improvement before an early stop")
 
 
@@ -101,22 +101,24 @@ class Recipe(Value):
     base_model: str
     revision: str | None = None
     weights_sha256: str | None = None
-    num_replaced: int = Field(default=0, ge=0)
-    parameters: float | None = Field(default=None, gt=0, lt=1)
-    parts: bool = False
+    num_replaced: int = Field(default=0, ge=0, description="blocks that go; or say parameters")
+    parameters: float | None = Field(default=None, gt=0, lt=1, description="the share of the dense model's that may stay")
+    parts: bool = Field(default=False, description="with parameters: attention and MLP of a block may go apart")
     blocks: tuple[Annotated[Unit, BeforeValidator(read_unit)], ...] | None = None
-    kind: Kind = "linear"
+    kind: Kind = Field(default="linear", description="what stands in for a run of replaced blocks")
     rank: int | None = Field(default=None, ge=1)
-    selection: Selection = "linearity"
-    fit: Fit = "in_order"
-    refit: bool = True
+    selection: Selection = Field(default="linearity", description="how blocks are chosen; listed is not for searches")
+    fit: Fit = Field(default="in_order", description="maps on the student's own stream, or each on the dense model's")
+    refit: bool = Field(default=True, description="fit `o_proj` and `down_proj` of kept blocks again in the same walk")
     ridge: float | None = Field(default=None, ge=0, description="None: chosen on held-out tokens")
-    weight_share: float | None = Field(default=None, gt=0, lt=1)
-    sparsity: Annotated[Sparsity | None, BeforeValidator(read_sparsity)] = None
+    weight_share: float | None = Field(default=None, gt=0, lt=1, description="of parameters that SVD factors keep")
+    sparsity: Annotated[Sparsity | None, BeforeValidator(read_sparsity)] = Field(
+        default=None, description="zeros by Wanda: a share below 1, '2:4' or '4:8'"
+    )
     calibration: tuple[Text, ...] = ()
     distillation_text: Text | None = None
     distillation: Distillation | None = None
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of new weights and the order of windows")
     dtype: str | None = None
 
     @field_validator("blocks")

@@ -40,13 +40,13 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_lengt
 
 
 class Texts(Value):
-    """Where the texts come from (one source or several, see `shoal.text.windows`) and how much of them is used.
+    """Where the texts come from (one source or several, see `shoal.text.sources`) and how much of them is used.
 
     A source named both for training and for evaluation is shared out by documents.
     """
 
-    train: Sources = (PACKAGED_TEXT,)
-    evaluation: Sources = (PACKAGED_TEXT,)
+    train: Sources = Field(default=(PACKAGED_TEXT,), description="to calibrate, distil and choose on")
+    evaluation: Sources = Field(default=(PACKAGED_TEXT,), description="to report on; the first one ranks")
     calibration_tokens: int | None = Field(default=None, ge=1, description="None: what the model's width asks for")
     evaluation_tokens: int = Field(default=16_384, ge=1, description="of each evaluation text")
     selection_tokens: int = Field(default=4_096, ge=1, description="held out from training: for choices and early stops")

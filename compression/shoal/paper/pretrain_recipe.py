@@ -50,15 +50,15 @@ class Regularizer(Value):
 class Architecture(Value):
     """A decoder as `transformers.MistralConfig` names its sizes; the vocabulary's comes from the tokenizer."""
 
-    hidden_size: int = Field(ge=8)
-    intermediate_size: int = Field(ge=8)
-    num_hidden_layers: int = Field(ge=2)
-    num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int = Field(ge=1)
-    max_position_embeddings: int = Field(default=1024, ge=8)
-    sliding_window: int | None = Field(default=None, ge=1)
-    rope_theta: float = Field(default=10_000.0, gt=0)
-    tie_word_embeddings: bool = True
+    hidden_size: int = Field(ge=8, description="width of the residual stream")
+    intermediate_size: int = Field(ge=8, description="width inside the MLP")
+    num_hidden_layers: int = Field(ge=2, description="blocks")
+    num_attention_heads: int = Field(ge=1, description="a divisor of hidden_size")
+    num_key_value_heads: int = Field(ge=1, description="a divisor of num_attention_heads")
+    max_position_embeddings: int = Field(default=1024, ge=8, description="context in tokens")
+    sliding_window: int | None = Field(default=None, ge=1, description="tokens that attention looks back; none: all")
+    rope_theta: float = Field(default=10_000.0, gt=0, description="base of the rotary positions")
+    tie_word_embeddings: bool = Field(default=True, description="whether the LM head is the embedding")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -75,11 +75,11 @@ class PretrainTexts(Value):
     training sources that is not trained on.
     """
 
-    train: Sources = (PACKAGED_TEXT,)
-    validation: Sources = (PACKAGED_TEXT,)
-    validation_tokens: int = Field(default=65_536, ge=1)
-    linearity_tokens: int = Field(default=65_536, ge=1)
-    tokenizer: str | None = None
+    train: Sources = Field(default=(PACKAGED_TEXT,), description="to learn from")
+    validation: Sources = Field(default=(PACKAGED_TEXT,), description="to measure perplexity on")
+    validation_tokens: int = Field(default=65_536, ge=1, description="of all validation texts together")
+    linearity_tokens: int = Field(default=65_536, ge=1, description="held out from training, to score the blocks on")
+    tokenizer: str | None = Field(default=None, description="a name or folder; none: one is made of the training text")
     vocab_size: int = Field(default=4096, ge=258, description="of the tokenizer that is made: 256 bytes, the end, merges")
 
 

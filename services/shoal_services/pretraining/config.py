@@ -24,9 +24,9 @@ from shoal_services.training.workers import Workers, resolve
 class Sweep(Value):
     """The weights λ of each kind of regulariser, each trained with every seed; λ = 0 is trained in any case."""
 
-    cosine: tuple[float, ...] = ()
-    mse: tuple[float, ...] = ()
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    cosine: tuple[float, ...] = Field(default=(), description="weights λ of the cosine regulariser")
+    mse: tuple[float, ...] = Field(default=(), description="weights λ of the MSE regulariser")
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1, description="each regulariser is trained with all")
 
     @field_validator("cosine", "mse")
     @classmethod
@@ -51,20 +51,22 @@ class Sweep(Value):
 class PretrainRun(Workers):
     """How a sweep is run. `keep_checkpoints` keeps the model at every check, for `shoal profile`."""
 
-    keep_checkpoints: bool = False
+    keep_checkpoints: bool = Field(default=False, description="one model a check")
     step_limit_s: float = Field(default=1800, gt=0, description="of training; a worker that takes longer is started again")
 
 
 class PretrainConfig(Value):
     """One sweep: a file `pretrain-….yaml` of `tune_configs/`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    architecture: Architecture
-    texts: PretrainTexts = PretrainTexts()
-    training: Pretraining
-    dtype: Literal["bfloat16", "float32"] | None = None
-    sweep: Sweep = Sweep()
-    run: PretrainRun = PretrainRun()
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the sweep: its folder and MLflow experiment")
+    architecture: Architecture = Field(description="the model's sizes")
+    texts: PretrainTexts = Field(default=PretrainTexts(), description="what is read")
+    training: Pretraining = Field(description="how it learns")
+    dtype: Literal["bfloat16", "float32"] | None = Field(
+        default=None, description="None: bfloat16 where the hardware multiplies it, else float32"
+    )
+    sweep: Sweep = Field(default=Sweep(), description="which regularisers, with which seeds")
+    run: PretrainRun = Field(default=PretrainRun(), description="where and with how much; changes nothing that comes out")
 
     @model_validator(mode="after")
     def _recipes_are_possible(self) -> PretrainConfig:

@@ -25,12 +25,14 @@ class Search(Value):
     stopped early if a finished one is no larger and its held-out perplexity is `hopeless_ratio` times lower.
     """
 
-    algorithm: Literal["optuna", "grid"] = "optuna"
-    num_trials: int = Field(default=20, ge=1)
-    start_with: tuple[dict[str, Any], ...] = ()
-    max_perplexity_ratio: float = Field(default=20.0, gt=1)
-    hopeless_ratio: float = Field(default=1.5, gt=1)
-    seed: int = 0
+    algorithm: Literal["optuna", "grid"] = Field(default="optuna", description="sampled, or every combination")
+    num_trials: int = Field(default=20, ge=1, description="recipes that optuna tries; a grid tries all")
+    start_with: tuple[dict[str, Any], ...] = Field(default=(), description="values of axes to begin with")
+    max_perplexity_ratio: float = Field(
+        default=20.0, gt=1, description="to the dense model: above it a trial has collapsed"
+    )
+    hopeless_ratio: float = Field(default=1.5, gt=1, description="to a better trial: above it a trial is stopped")
+    seed: int = Field(default=0, description="of the sampler")
 
 
 class Run(Workers):
@@ -41,8 +43,8 @@ class Run(Workers):
     share the weights of student and teacher out among them.
     """
 
-    keep_models: Literal["frontier", "all"] = "frontier"
-    streamed: bool = False
+    keep_models: Literal["frontier", "all"] = Field(default="frontier", description="whose weights stay on disk")
+    streamed: bool = Field(default=False, description="blocks stay on disk; workers that distil share the weights out")
     step_limit_s: float = Field(default=1800, gt=0, description="of training; a worker that takes longer is started again")
     checkpoint_every_s: float = Field(default=60, ge=0, description="at the next check after that")
 
@@ -50,22 +52,26 @@ class Run(Workers):
 class Tasks(Value):
     """lm-eval tasks, task files or folders of them, that every finished model is measured in."""
 
-    names: tuple[str, ...] = Field(min_length=1)
+    names: tuple[str, ...] = Field(min_length=1, description="of lm-eval, or paths")
     limit: int | None = Field(default=None, ge=2, description="examples of each task at most")
 
 
 class SearchConfig(Value):
     """One search: a file of `tune_configs/`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    model: str
-    revision: str | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    texts: Texts = Texts()
-    tasks: Tasks | None = None
-    space: Space
-    search: Search = Search()
-    run: Run = Run()
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the search: its folder, MLflow experiment and job"
+    )
+    model: str = Field(description="the dense model: alias, Hub id, folder or .gguf file")
+    revision: str | None = Field(default=None, description="branch, tag or commit on the Hub")
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        default=None, description="None: bfloat16 where the hardware multiplies it, else float16 on a GPU, float32 on a CPU"
+    )
+    texts: Texts = Field(default=Texts(), description="what is read")
+    tasks: Tasks | None = Field(default=None, description="what else is measured (pip install 'shoal[tasks]')")
+    space: Space = Field(description="what varies")
+    search: Search = Field(default=Search(), description="how it is searched")
+    run: Run = Field(default=Run(), description="where and with how much; changes nothing that comes out")
 
     @field_validator("search")
     @classmethod

@@ -91,7 +91,7 @@ class Space(Value):
     ridge: Axis[float | None] = None
     weight_share: Axis[float | None] = None
     sparsity: Axis[float | str | None] = None
-    distillation_tokens: Axis[int] = 0
+    distillation_tokens: Axis[int] = Field(default=0, description="to learn from; 0 distils nothing")
     learning_rate: Axis[float] = 5e-4
     temperature: Axis[float] = 1.0
     logit_kl: Axis[float] = 1.0

@@ -18,7 +18,7 @@ from shoal_services.tracking.registry import REGISTRY
 def read_sources(sources: list[str]) -> ServeSettings:
     """The settings that the sources describe. Raises ValueError for what cannot be served."""
     if len(sources) == 1 and sources[0].endswith((".yaml", ".yml")):
-        return read_strict(Path(sources[0]), ServeSettings, example="the README's serve.yaml")
+        return read_strict(Path(sources[0]), ServeSettings, example="services/README.md")
     variants: dict[str, VariantSettings] = {}
     for source in sources:
         found = _read_search(Path(source)) if _is_search(source) else {_name(source): describe_variant(source)}

@@ -24,13 +24,13 @@ class Workers(Value):
 
     num_workers: int = Field(default=1, ge=1, description="Ray Train workers per trial")
     max_workers: int | None = Field(default=None, ge=1, description="what num_workers may grow to, if not given as a pair")
-    cpus_per_worker: float = Field(default=1, gt=0)
-    gpus_per_worker: float = Field(default=0, ge=0)
-    max_concurrent_trials: int | None = Field(default=None, ge=1)
+    cpus_per_worker: float = Field(default=1, gt=0, description="reserved in Ray")
+    gpus_per_worker: float = Field(default=0, ge=0, description="reserved in Ray; below 1, workers share a GPU")
+    max_concurrent_trials: int | None = Field(default=None, ge=1, description="None: what the cluster holds")
     max_failures: int = Field(default=2, ge=0, description="restarts of a trial whose workers die")
-    storage: Path = Path("shoal-runs")
-    tracking_uri: str | None = None
-    address: str | None = None
+    storage: Path = Field(default=Path("shoal-runs"), description="folder of all runs; a run's own bears its name")
+    tracking_uri: str | None = Field(default=None, description="MLflow server; None: a database in the run's folder")
+    address: str | None = Field(default=None, description="a Ray cluster that this machine is in; None: its own Ray")
 
     @field_validator("storage")
     @classmethod
