@@ -83,10 +83,9 @@ def make_observer(settings: ServeSettings) -> serve.Application:
 
 def make_gateway(config: dict[str, Any], settings: ServeSettings, *, proxied: bool) -> serve.Application:
     """The gateway, told `config`: behind Serve's proxies wherever there is room, or listening itself on this machine."""
-    if proxied:
-        door, arguments, actor_options = serve.ingress()(ProxiedGateway), (), {"num_cpus": GATEWAY_CPUS}
-    else:
-        door, arguments, actor_options = GatewayServer, (settings.host, settings.port), _stay_here()
+    door: type[Any] = serve.ingress()(ProxiedGateway) if proxied else GatewayServer
+    arguments: tuple[Any, ...] = () if proxied else (settings.host, settings.port)
+    actor_options: dict[str, Any] = {"num_cpus": GATEWAY_CPUS} if proxied else _stay_here()
     deployment = cast(serve.Deployment, serve.deployment(door)).options(
         _internal=True, version=CODE_VERSION, name=GATEWAY, num_replicas=settings.gateways, user_config=config,
         ray_actor_options=actor_options, health_check_period_s=1,
