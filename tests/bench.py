@@ -32,7 +32,7 @@ from shoal.measure.targets import measure_targets
 from shoal.text.corpus import load_corpus
 from shoal.text.windows import TokenWindows
 from shoal.texts import Texts
-from shoal_services.serving.deploy import Endpoint
+from shoal_services.serving.endpoint import Endpoint
 from shoal_services.serving.engine.decoder import BatchedDecoder
 from shoal_services.serving.engine.engine import Engine
 from shoal_services.serving.engine.generation import Generation, Sampling

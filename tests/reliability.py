@@ -28,7 +28,7 @@ from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.checkpoints.store import save
 from shoal.recipe import Recipe
 from shoal_services.cluster.connect import connect
-from shoal_services.serving.deploy import Endpoint
+from shoal_services.serving.endpoint import Endpoint
 from shoal_services.serving.load import Load, LoadResult, run_load
 from shoal_services.serving.settings import Limits, ServeSettings, VariantSettings
 from shoal_services.tracking.registry import PLACE_TAG

@@ -312,6 +312,12 @@ MISTAKES: list[tuple[str, Callable[[Objects], object], str, str]] = [
         "serve",
         "leads nowhere",
     ),
+    (
+        "a route for the rollout",
+        set_serve(lambda c: c["applications"][0].update(route_prefix="/")),
+        "serve",
+        "route_prefix must be null",
+    ),
     ("a setting misspelt", set_args(gateway=2), "serve", "did you mean 'gateways'"),
     ("a route to nobody", set_args(routes={"a": {"nobody": 1}}), "serve", "leads to unknown variants"),
     ("an endpoint without keys", set_args(keys=None), "serve", "no API keys are set"),

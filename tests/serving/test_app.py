@@ -25,17 +25,16 @@ from shoal.checkpoints.store import save
 from shoal.recipe import Recipe
 from shoal_services.serving.app import build, read_settings
 from shoal_services.serving.load import Load, run_load
+from shoal_services.serving.settings import ServeSettings
 
 ARGS: dict[str, Any] = {"variants": {"dense": {"model": "tiny-random"}}, "allow_anonymous": True}
 
 
-def test_the_builder_makes_a_gateway_and_a_rollout_of_strict_settings():
-    application = build(ARGS | {"gateways": 3})
-    gateway = application._bound_deployment
-    assert (gateway.name, gateway.num_replicas) == ("gateway", 3)
-    (rollout,) = gateway.init_args
-    assert rollout._bound_deployment.name == "rollout"
-    assert rollout._bound_deployment.init_args[0]["variants"]["dense"]["model"] == "tiny-random"
+def test_the_builder_makes_a_rollout_of_strict_settings():
+    rollout = build(ARGS | {"gateways": 3})._bound_deployment
+    assert (rollout.name, rollout.num_replicas) == ("rollout", 1)
+    settings = ServeSettings.model_validate(rollout.init_args[0])
+    assert (settings.variants["dense"].model, settings.gateways) == ("tiny-random", 3)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +103,10 @@ def test_a_declared_application_serves_follows_and_survives(
         config = {
             "proxy_location": "EveryNode", "http_options": {"host": "127.0.0.1", "port": port},
             "applications": [
-                {"name": "shoal", "import_path": "shoal_services.serving.app:build", "args": args | changes}
+                {
+                    "name": "shoal", "route_prefix": None, "import_path": "shoal_services.serving.app:build",
+                    "args": args | changes,
+                }
             ],
         }  # fmt: skip
         ServeDeploySchema.model_validate(config)
@@ -135,7 +137,7 @@ def test_a_declared_application_serves_follows_and_survives(
     wait_until(lambda: first not in find_statuses())  # the next one has taken over, and `rollback_s` has passed
     assert http.post("/v1/completions", json=request).status_code == 200
 
-    variants, (rollout,) = find_processes("dense"), find_processes("shoal:rollout")
+    variants, gateways, (rollout,) = map(find_processes, ("dense", "gateway", "shoal:rollout"))
     os.kill(rollout, signal.SIGKILL)
     assert http.post("/v1/completions", json=request).status_code == 200
     wait_until(lambda: len(find_processes("shoal:rollout") - {rollout}) == 1 and find_statuses()["shoal"] == "RUNNING")
@@ -143,6 +145,11 @@ def test_a_declared_application_serves_follows_and_survives(
 
     with ThreadPoolExecutor(1) as pool:
         statuses = pool.submit(send, 60)
-        deploy({"limits": {"max_context": 512}})
-        wait_until(lambda: find_statuses()["shoal"] == "RUNNING" and http.get("/v1/models").status_code == 200)
+        deploy({"limits": {"max_context": 256}})
+        tokens = {"model": "dense", "prompt": "The sea"}
+        wait_until(lambda: http.post("/tokenize", json=tokens).json()["max_model_len"] == 256)
         assert statuses.result() == {200: 60}
+    assert find_processes("gateway") == gateways, "told of the change, not replaced"
+
+    client.deploy_applications({"applications": []})
+    wait_until(lambda: find_statuses() == {})

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 import uvicorn
-from shoal_services.serving.deploy import Fleet
+from shoal_services.serving.fleet import Fleet
 from shoal_services.serving.http import wire
 from shoal_services.serving.http.gateway import Gateway
 from shoal_services.serving.http.keys import Key, KeyRing, add_key, read_keys, revoke_key

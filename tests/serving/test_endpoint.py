@@ -29,7 +29,7 @@ from searches import closed_port
 from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.checkpoints.store import save
 from shoal.recipe import Recipe
-from shoal_services.serving.deploy import Endpoint
+from shoal_services.serving.endpoint import Endpoint
 from shoal_services.serving.http.keys import Key, KeyRing, add_key, revoke_key
 from shoal_services.serving.http.routes import Router, UnknownModel
 from shoal_services.serving.load import Load, run_load

@@ -21,7 +21,7 @@ def test_tokens_count_up_to_the_first_difference(common: list[int], ours: list[i
     assert count_equal(common, common + theirs) == len(common) == count_equal(common + ours, common)
 
 
-def test_a_course_ends_once_and_only_answers_have_latencies():
+def test_a_record_ends_once_and_only_answers_have_latencies():
     ended: list[RequestRecord] = []
     for result in ("answered", "left"):
         record = RequestRecord("dense", "tiny", [Call("The sea", 2)], ended.append)

@@ -165,7 +165,7 @@ def test_one_long_request_costs_its_own_length():
     decoder = BatchedDecoder(make_model("llama"), max_batch_size=16, max_cached=7000)
 
     def count_cached() -> int:
-        held = [buffer for slots in decoder.caches for buffer in (slots.slot_layers[0].keys,)]
+        held = [cache.kv_layers[0].keys for cache in decoder.caches]
         return sum(buffer.shape[0] * buffer.shape[2] for buffer in held)
 
     for _ in range(8):

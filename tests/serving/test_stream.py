@@ -12,8 +12,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
-from shoal_services.serving.app import build
-from shoal_services.serving.application import make_application
+from shoal_services.serving.deployments import make_gateway, make_variant
 from shoal_services.serving.engine.generation import Call, Delta, EngineFailed, Piece, QueueFull
 from shoal_services.serving.http.failures import BrokenOff, describe_failure
 from shoal_services.serving.http.gateway import Gateway
@@ -56,20 +55,20 @@ class Replica:
             raise self.error
 
 
-def answer_of(replica: Replica, timeout_s: float) -> AnswerStream:
+def open_stream(replica: Replica, timeout_s: float) -> AnswerStream:
     record = RequestRecord("dense", None, [Call("x", 9)] * 2, lambda _record: None)
     return AnswerStream(Inbox("127.0.0.1"), replica, record, timeout_s=timeout_s)  # type: ignore[arg-type]
 
 
 def test_an_answer_takes_as_long_as_it_goes_on():
     async def run() -> None:
-        whole = await answer_of(Replica(8, 0.1), timeout_s=0.4).collect()
+        whole = await open_stream(Replica(8, 0.1), timeout_s=0.4).collect()
         assert [piece.delta.text for piece in whole] == ["x" * 8] * 2
-        streamed = answer_of(Replica(8, 0.1), timeout_s=0.4)
+        streamed = open_stream(Replica(8, 0.1), timeout_s=0.4)
         await streamed.take_firsts()
         assert len([index async for index, _ in streamed]) == 16
-        for wait in (lambda answer: answer.collect(), lambda answer: answer.take_firsts()):
-            slow = answer_of(Replica(2, 5.0), timeout_s=0.2)
+        for wait in (lambda stream: stream.collect(), lambda stream: stream.take_firsts()):
+            slow = open_stream(Replica(2, 5.0), timeout_s=0.2)
             with pytest.raises(TimeoutError, match=r"no token came for 0\.2 s"):
                 await wait(slow)
             slow.close()
@@ -142,10 +141,8 @@ def test_a_stream_of_a_replica_that_dies_ends_with_an_error():
 
 def test_serve_waits_longer_than_answers_may_go_on():
     settings = ServeSettings(variants={"dense": VariantSettings(model="m")}, limits=Limits(drain_s=300))
-    variant = make_application("dense", "m", settings)._bound_deployment
-    gateway = build({"variants": {"dense": {"model": "m"}}, "allow_anonymous": True, "limits": {"drain_s": 300}})
-    for deployment in (variant, gateway._bound_deployment):
-        assert deployment._deployment_config.graceful_shutdown_timeout_s > 302
+    for application in (make_variant("dense", "m", settings), make_gateway({}, settings, proxied=True)):
+        assert application._bound_deployment._deployment_config.graceful_shutdown_timeout_s > 302
 
 
 @pytest.mark.parametrize(

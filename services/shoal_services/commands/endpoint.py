@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from shoal_services.commands.terminal import show_progress
 from shoal_services.console import output, say
-from shoal_services.serving.deploy import Endpoint
+from shoal_services.serving.endpoint import Endpoint
 from shoal_services.serving.settings import ServeSettings
 
 

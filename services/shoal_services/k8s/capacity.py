@@ -105,7 +105,8 @@ def _find_mounted(manifest: Manifest, manifests: list[Manifest], folder: str, ke
 
 
 def _check_variants(manifest: Manifest, application: dict[str, Any]) -> Iterator[str]:
-    from shoal_services.serving.app import GATEWAY_CPUS, read_settings
+    from shoal_services.serving.app import read_settings
+    from shoal_services.serving.deployments import GATEWAY_CPUS
 
     settings = read_settings(application.get("args", {}))
     supply = _find_supply(manifest)

@@ -73,3 +73,5 @@ def _check_application(application: dict[str, Any]) -> Iterator[str]:
             read_settings(application.get("args", {}))
         except ValueError as error:
             yield f"args: {str(error).removeprefix('args: ')}"
+        if application.get("route_prefix", "/") is not None:
+            yield "route_prefix must be null: requests go to the gateway, an application that this one deploys"

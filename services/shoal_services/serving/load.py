@@ -33,7 +33,7 @@ class Load:
 
 @dataclass
 class TimedAnswer:
-    """One request's course, in seconds since it was sent. `status` 0 means the connection broke."""
+    """The times of one request, in seconds since it was sent. `status` 0 means the connection broke."""
 
     status: int = 0
     first_s: float | None = None

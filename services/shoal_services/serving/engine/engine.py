@@ -22,7 +22,7 @@ from shoal_services.serving.engine.generation import (
     QueueFull,
     Token,
 )
-from shoal_services.serving.engine.running import Running, explain_failure
+from shoal_services.serving.engine.running import RunningRequest, explain_failure
 from shoal_services.serving.engine.sampling import check_largest, describe_token
 from shoal_services.serving.engine.spelling import Spelling
 
@@ -56,8 +56,8 @@ class Engine:
         self._after_step = after_step
         self.statistics = EngineStatistics()
         self.failure: Exception | None = None
-        self._waiting: deque[Running] = deque()
-        self._rows: list[Running] = []
+        self._waiting: deque[RunningRequest] = deque()
+        self._rows: list[RunningRequest] = []
         self._wake = threading.Condition()
         self._closed = False
         self._ready = threading.Event()
@@ -87,7 +87,7 @@ class Engine:
             if isinstance(item, Exception) or item.finish_reason is not None:
                 loop.call_soon_threadsafe(_settle, done, item)
 
-        running = Running(request, emit, self._spelling)
+        running = RunningRequest(request, emit, self._spelling)
         with self._wake:
             if self.failure is not None:
                 raise RuntimeError(f"the engine has failed: {self.failure}")
@@ -159,7 +159,7 @@ class Engine:
         self.statistics.waiting, self.statistics.running = len(self._waiting), len(self._rows)
 
     @contextlib.contextmanager
-    def _alone(self, running: Running) -> Iterator[None]:
+    def _alone(self, running: RunningRequest) -> Iterator[None]:
         """What is raised within ends this request, and the engine only if it cannot take any other either."""
         try:
             yield
@@ -171,7 +171,7 @@ class Engine:
             if failure is not error and not isinstance(failure, OutOfMemory):
                 self.decoder.check_alive()
 
-    def _start(self, running: Running) -> None:
+    def _start(self, running: RunningRequest) -> None:
         request, sampling = running.request, running.request.sampling
         scored: list[Token] = []
 
@@ -224,7 +224,7 @@ class Engine:
                 longest.fail(failure)
         return None
 
-    def _take(self, running: Running, token: Token) -> None:
+    def _take(self, running: RunningRequest, token: Token) -> None:
         """Adds a token to a request's text, says so, and frees the row if that was the last."""
         self.statistics.generated_tokens += 1
         delta = running.take(token, ends=token.id in self.end_tokens and not running.request.ignore_eos)
@@ -233,7 +233,7 @@ class Engine:
         if delta.finish_reason is not None or running.cancelled:
             self._leave(running)
 
-    def _leave(self, running: Running) -> None:
+    def _leave(self, running: RunningRequest) -> None:
         row = self._rows.index(running)
         last = self.decoder.release(row)
         self._rows[row] = self._rows[last]

@@ -36,8 +36,8 @@ class KVCache(Cache):
         self.offset = 0
         self.row: int | None = None
         self._row_ids = torch.arange(max_rows, device=device)
-        self.slot_layers = [KVCacheLayer(self) for _ in range(num_layers)]
-        super().__init__(layers=list(self.slot_layers))
+        self.kv_layers = [KVCacheLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=list(self.kv_layers))
 
     @property
     def num_cached(self) -> int:
@@ -47,7 +47,7 @@ class KVCache(Cache):
     @property
     def token_bytes(self) -> int:
         """Memory of one token in all blocks, once a pass has shown what it is."""
-        buffers = [buffer for layer in self.slot_layers for buffer in (layer.keys, layer.values) if buffer is not None]
+        buffers = [buffer for layer in self.kv_layers for buffer in (layer.keys, layer.values) if buffer is not None]
         return sum(buffer.shape[1] * buffer.shape[3] * buffer.element_size() for buffer in buffers)
 
     def shape_with(self, *needs: int) -> tuple[int, int]:
@@ -68,7 +68,7 @@ class KVCache(Cache):
         `shrink`: all that is over it)."""
         last = len(self.names) - 1
         length, old_length = int(self.lengths[last]), int(self.lengths[row])
-        for layer in self.slot_layers:
+        for layer in self.kv_layers:
             layer.move(last, row, length, old_length)
         self.lengths[row] = length
         for values in (self.names, self.needs):
@@ -77,7 +77,7 @@ class KVCache(Cache):
         shape = fit_shape(self.needs, self.max_rows)
         if shrink or 4 * count_cached(shape) <= self.num_cached:
             self.shape = shape
-            for layer in self.slot_layers:
+            for layer in self.kv_layers:
                 layer.resize()
 
     def start_prompt(self, row: int, offset: int, length: int) -> None:

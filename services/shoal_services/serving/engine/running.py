@@ -13,7 +13,7 @@ from shoal_services.serving.engine.spelling import Spelling
 from shoal_services.serving.engine.text_stream import TextStream
 
 
-class Running:
+class RunningRequest:
     """A request that waits, and then has a row of the decoder. `emit` hears its pieces, or what ended it."""
 
     def __init__(self, request: Generation, emit: Callable[[Delta | Exception], object], spelling: Spelling):

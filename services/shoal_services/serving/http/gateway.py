@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's interfaces over the variants. Light: no torch, no weights, any number of replicas."""
+"""A checked request → calls of a variant → the answer in OpenAI's shape. No torch, no weights: any number of them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Gateway:
         self.inbox = Inbox(ray.util.get_node_ip_address())
         self.experiments = Experiments({}, self._handle, None)
         self.health = Health(lambda: self.router.variants)
-        self._answers: WeakSet[AnswerStream] = WeakSet()
+        self._streams: WeakSet[AnswerStream] = WeakSet()
 
     def reconfigure(self, config: dict[str, Any]) -> None:
         """`variants`: public name → {app, model_cache, sleeps, and what the playground shows}; `routes`: name → weights;
@@ -120,8 +120,8 @@ class Gateway:
 
     def break_off(self) -> None:
         """Ends the answers that still run, each with an error that says so."""
-        for answer in list(self._answers):
-            answer.fail(BrokenOff("the endpoint has stopped"))
+        for stream in list(self._streams):
+            stream.fail(BrokenOff("the endpoint has stopped"))
 
     def _handle(self, name: str) -> DeploymentHandle:
         return self.handles[self.router.variants[name]["app"]]
@@ -131,25 +131,25 @@ class Gateway:
     ) -> Response:
         route = request.model if request.model in self.router.routes else None
         record = self.experiments.begin(name, route, calls)
-        answer = AnswerStream(self.inbox, self._handle(name), record, timeout_s=self.limits.timeout_s)
-        self._answers.add(answer)
+        stream = AnswerStream(self.inbox, self._handle(name), record, timeout_s=self.limits.timeout_s)
+        self._streams.add(stream)
         try:
-            with _refusals(record):
+            with _tell_refusals(record):
                 if not request.stream:
-                    pieces = await answer.collect()
-                    answer.close()
+                    pieces = await stream.collect()
+                    stream.close()
                     return JSONResponse(writer.answer(pieces))
                 # The first pieces come before the status line: whatever is refused is refused with its own status.
-                await answer.take_firsts()
+                await stream.take_firsts()
         except BaseException:
-            answer.close()
+            stream.close()
             raise
-        events = write_events(answer, writer, request.stream_options.include_usage)
+        events = write_events(stream, writer, request.stream_options.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
 
 @contextmanager
-def _refusals(record: RequestRecord) -> Iterator[None]:
+def _tell_refusals(record: RequestRecord) -> Iterator[None]:
     """Raises `QueueFull` and `VariantDown` for what Serve would say as plain text."""
     try:
         yield

@@ -1,8 +1,8 @@
-"""The endpoint's door: a gateway with an HTTP server of its own, as a Ray Serve deployment.
+"""The gateway as a Ray Serve deployment: with an HTTP server of its own, or behind Serve's HTTP proxies.
 
-It does not stand behind Serve's HTTP proxy: that hop cost 12 of the 31 ms of a short request on two slow cores, and
-about 2 ms of processor time for every piece of a stream. Serve still starts it, watches it, tells it what changed and
-lets it drain. Several listen on one port, and the kernel shares the connections out among them.
+The proxies' hop cost 12 of the 31 ms of a short request on two slow cores, and about 2 ms of processor time for every
+piece of a stream; they know none of the limits of `wire`. They are for KubeRay, whose service leads to them and
+whose probes ask them. Serve starts either gateway, watches it, tells it what changed and lets it drain.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+from shoal_services.serving.http.door import Door
 from shoal_services.serving.http.gateway import Gateway
 from shoal_services.serving.http.web import make_app
 from shoal_services.serving.http.wire import Connection
@@ -27,7 +28,10 @@ MARGIN_S = 8.0
 
 
 class GatewayServer:
-    """Listens once it has been told what there is to serve. Raises OSError if the port is taken."""
+    """Listens once it has been told what there is to serve. Raises OSError if the port is taken.
+
+    Several listen on one port, and the kernel shares the connections out among them.
+    """
 
     def __init__(self, host: str, port: int):
         self.gateway = Gateway()
@@ -61,6 +65,20 @@ class GatewayServer:
         if late:
             self.gateway.break_off()
             await asyncio.wait(late, timeout=LAST_WORDS_S)
+
+
+class ProxiedGateway:
+    """Behind Serve's proxies, which keep the connections and drain them."""
+
+    def __init__(self) -> None:
+        self.gateway = Gateway()
+
+    def reconfigure(self, config: dict[str, Any]) -> None:
+        """As `Gateway.reconfigure`."""
+        self.gateway.reconfigure(config)
+
+    def __serve_build_asgi_app__(self) -> Door:
+        return make_app(self.gateway)
 
 
 def find_grace_s(limits: Limits) -> float:

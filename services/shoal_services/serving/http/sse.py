@@ -12,15 +12,15 @@ from shoal_services.serving.http.stream import AnswerStream
 from shoal_services.serving.http.writers import ChatWriter, CompletionWriter
 
 
-async def write_events(answer: AnswerStream, writer: CompletionWriter, wants_usage: bool) -> AsyncIterator[str]:
+async def write_events(stream: AnswerStream, writer: CompletionWriter, wants_usage: bool) -> AsyncIterator[str]:
     """Server-sent events of all choices, each as soon as it is there."""
     prompt_tokens: dict[int, int] = {}
     completion_tokens = 0
     try:
         if isinstance(writer, ChatWriter):
-            for index in range(answer.num_calls):
+            for index in range(stream.num_calls):
                 yield _event(writer.first_chunk(index))
-        async for index, piece in answer:
+        async for index, piece in stream:
             prompt_tokens[index] = piece.num_prompt_tokens
             completion_tokens += len(piece.delta.tokens)
             yield _event(writer.chunk(index, piece.delta))
@@ -31,7 +31,7 @@ async def write_events(answer: AnswerStream, writer: CompletionWriter, wants_usa
         status, message = describe_failure(error)
         yield _event(make_error(status, f"the answer broke off: {message}"))
     finally:
-        answer.close()
+        stream.close()
 
 
 def _event(payload: dict[str, Any]) -> str:

@@ -64,7 +64,7 @@ class ModelCache:
         return await self.load(serve.get_multiplexed_model_id())
 
 
-def make_model_cache(max_loaded: int) -> type[ModelCache]:
+def define_model_cache(max_loaded: int) -> type[ModelCache]:
     """A cache of that many models at once in each replica (Serve wants the number where the method is defined)."""
     return type(
         "ModelCache", (ModelCache,), {"load": serve.multiplexed(max_num_models_per_replica=max_loaded)(ModelCache.load)}
