@@ -78,13 +78,9 @@ def read_package(name: str) -> Package:
     for file in sorted(folder.rglob("*.py")):
         parts = file.relative_to(folder.parent).with_suffix("").parts
         files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    rows = [
-        [cell.strip() for cell in line.strip().strip("|").split("|")]
-        for line in (folder.parent / "README.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith("|")
-    ]
+    section = (folder.parent / "README.md").read_text(encoding="utf-8").split("\n## Rooms\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in section.splitlines() if "|" in line]
     rows = rows[rows.index(HEADER) + 2 :]
-    rows = rows[: next((index for index, row in enumerate(rows) if len(row) != len(HEADER)), len(rows))]
     return Package(name, files, [(re.findall(r"`([\w.]+)`", row[0]), re.findall(r"`([\w.]+)`", row[2])) for row in rows])
 
 
