@@ -160,7 +160,7 @@ def test_the_judge_says_what_the_model_with_its_maps_says(measured, changes, uni
     judge = Judge(model, windows, held_out, dense, wanted)
     expected = float(score_windows(student, held_out, dense).kl.mean())
     assert judge.cost(places) == pytest.approx(expected, rel=5e-2, abs=1e-5)
-    assert judge.cost(places, quick=True) == pytest.approx(expected, rel=0.5, abs=1e-6)
+    assert judge.cost(places, quick=True) == pytest.approx(expected, rel=0.5, abs=1e-5)
 
 
 def test_the_choice_of_one_is_brute_force(measured):
