@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import make_ids, make_model
 from shoal.checkpoints.hashes import hash_weights
-from shoal.models.projections import find_projections
+from shoal.models.projections import find_projections, weight_of
 from shoal.models.structure import find_blocks
-from shoal.replace.maps import AffineMap, Replacement, apply_replacement, weight_of
+from shoal.replace.maps import AffineMap, Replacement, apply_replacement
 from shoal.text.windows import TokenWindows
 from shoal.thin.projections import walk_projections, watch_inputs
 from shoal.thin.sparsify import choose_kept, sparsify

@@ -13,10 +13,10 @@ import transformers
 from conftest import make_ids, make_model
 from shoal.checkpoints.store import save
 from shoal.models.modeling_shoal import FactoredLinear
-from shoal.models.projections import find_projections
+from shoal.models.projections import find_projections, weight_of
 from shoal.models.structure import find_blocks
 from shoal.recipe import KINDS, Recipe
-from shoal.replace.maps import AffineMap, Replacement, apply_replacement, weight_of
+from shoal.replace.maps import AffineMap, Replacement, apply_replacement
 from shoal.text.windows import TokenWindows
 from shoal.thin.sparsify import sparsify
 from shoal.thin.svd import choose_rank, factor_weights, find_root, truncate

@@ -84,7 +84,7 @@ def test_batched_tokens_are_those_of_each_request_alone(model: PreTrainedModel):
 def test_replaced_blocks_take_no_part_in_the_cache(llama: PreTrainedModel):
     torch.manual_seed(0)
     affine = AffineMap(torch.eye(32) + 0.05 * torch.randn(32, 32), torch.randn(32) * 0.1)
-    apply_replacement(llama, Replacement(blocks=(1, 2), maps={1: affine}))
+    apply_replacement(llama, Replacement((1, 2), maps={1: affine}))
     alone = continue_alone(llama, prompts_of(11)[0], 8)
     decoder = BatchedDecoder(llama, max_batch_size=2)
     rows = Rows(decoder)
@@ -95,10 +95,23 @@ def test_replaced_blocks_take_no_part_in_the_cache(llama: PreTrainedModel):
     assert len(decoder.caches[0].layers) == 3
 
 
+@pytest.mark.parametrize("units", [("0.attention",), ("1.mlp", 2, "3.attention"), ("2.mlp", "4.attention")])
+def test_models_without_attentions_and_mlps_are_served_like_others(llama: PreTrainedModel, units):
+    apply_replacement(llama, Replacement(units))
+    prompts = prompts_of(5, 17, 9)
+    alone = [continue_alone(llama, prompt, 8) for prompt in prompts]
+    rows = Rows(BatchedDecoder(llama, max_batch_size=3, prefill_chunk=8))
+    for name, prompt in enumerate(prompts):
+        rows.join(name, prompt)
+    for _ in range(7):
+        rows.step()
+    assert [rows.tokens[name] for name in range(3)] == alone
+
+
 def test_thinned_models_are_served_like_others(llama: PreTrainedModel):
     """Factors are linear layers like others: packed, and computed row by row."""
     windows = TokenWindows(make_ids(8, 16), "train")
-    apply_replacement(llama, Replacement(blocks=(2,), maps={2: AffineMap(torch.eye(32) / 20, torch.ones(32) / 10)}))
+    apply_replacement(llama, Replacement((2,), maps={2: AffineMap(torch.eye(32) / 20, torch.ones(32) / 10)}))
     factor_weights(llama, windows, 0.8)
     sparsify(llama, windows, "2:4")
     prompts = prompts_of(5, 17)

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         block: AffineMap(torch.eye(width) + 0.01 * torch.randn(width, width), 0.1 * torch.randn(width))
         for block in (14, 20)
     }
-    apply_replacement(model, Replacement(blocks=(14, 15, 20), maps=maps))
+    apply_replacement(model, Replacement((14, 15, 20), maps=maps))
     folder = tmp_path_factory.mktemp("vllm") / "model"
     save(model, tokenizer, folder, recipe=Recipe(base_model=MODEL, num_replaced=3))
     return folder

@@ -58,6 +58,11 @@ def width_out(projection: nn.Linear | Conv1D) -> int:
     return projection.weight.shape[1] if isinstance(projection, Conv1D) else projection.weight.shape[0]
 
 
+def weight_of(projection: nn.Linear | Conv1D) -> Tensor:
+    """The weight as [out, in], however the module stores it."""
+    return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
+
+
 def has_matrix(module: nn.Module) -> bool:
     """Whether the module has weights of two dimensions or more: a norm has not."""
     return any(weight.dim() > 1 for weight in module.parameters())

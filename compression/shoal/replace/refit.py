@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from shoal.large.on_disk import keep_off_memory, weights_on_disk
 from shoal.linearity.gram import Gram
 from shoal.models.calls import Call
-from shoal.models.projections import find_down_proj, list_projections, width_in, width_out
+from shoal.models.projections import find_down_proj, list_projections, weight_of, width_in, width_out
 from shoal.replace.fit import fit_projection
 from shoal.replace.sinks import add_apart, find_all_sinks
 from shoal.replace.unit_stack import Stream
@@ -122,8 +122,3 @@ def refit(block: nn.Module, output: Output, call: Call, student: Stream, aim: St
     finally:
         hook.remove()
     return outputs, output.name_weights(keep_off_memory(fitted) if on_disk else fitted, fitted_bias)
-
-
-def weight_of(projection: nn.Linear | Conv1D) -> Tensor:
-    """The weight as [out, in], however the module stores it."""
-    return projection.weight.T if isinstance(projection, Conv1D) else projection.weight

@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 
 from shoal.linearity.gram import multiply_rows
 from shoal.models.modeling_shoal import factor
-from shoal.models.projections import find_projections
+from shoal.models.projections import find_projections, weight_of
 from shoal.models.structure import text_config
-from shoal.replace.refit import weight_of
 from shoal.text.windows import TokenWindows
 from shoal.thin.projections import walk_projections
 

@@ -20,7 +20,7 @@ from shoal_services.serving.engine.generation import (
 )
 from shoal_services.serving.engine.spelling import Spelling
 from shoal_services.serving.engine.text_stream import TextStream
-from shoal_services.serving.engine.vllm_plugin import refuse_factors, register
+from shoal_services.serving.engine.vllm_plugin import refuse_modules, register
 from shoal_services.serving.settings import Limits, VariantSettings
 
 
@@ -43,7 +43,7 @@ class VllmEngine:
             ) from error
         register()  # vLLM does so too, but later than the configuration is read here
         config = AutoConfig.from_pretrained(folder)
-        refuse_factors(config)
+        refuse_modules(config)
         length = min(limits.max_context, getattr(config, "max_position_embeddings", None) or 2**31)
         arguments = AsyncEngineArgs(
             model=folder, dtype=settings.dtype or "auto", max_model_len=length, max_num_seqs=limits.max_batch_size,

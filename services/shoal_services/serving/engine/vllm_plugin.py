@@ -45,8 +45,13 @@ def __getattr__(name: str) -> type:
     return globals()[name]
 
 
-def refuse_factors(config: Any) -> None:
-    """Raises ValueError for a model with factored projections."""
+def refuse_modules(config: Any) -> None:
+    """Raises ValueError for a model with factored projections, or without attentions or MLPs in some of its blocks."""
+    if getattr(config, "absent_modules", None):
+        raise ValueError(
+            "vLLM cannot serve a model whose blocks lack an attention or an MLP: it plans its cache for all of them; "
+            "say engine: transformers"
+        )
     if getattr(config, "factored_projections", None):
         raise ValueError(
             "vLLM cannot serve a model made with weight_share: it fuses query, key and value into one projection, which "
@@ -57,9 +62,9 @@ def refuse_factors(config: Any) -> None:
 def attach_maps(model: Any, config: Any, dtype: Any) -> None:
     """Puts the maps that the configuration names into vLLM's blocks, under the names that their weights have.
 
-    Raises ValueError for factored projections.
+    Raises ValueError as `refuse_modules`.
     """
-    refuse_factors(config)
+    refuse_modules(config)
     text_model = model.get_language_model() if hasattr(model, "get_language_model") else model
     blocks = list_blocks(text_model, config.num_hidden_layers)
     assert blocks is not None
