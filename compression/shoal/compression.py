@@ -115,7 +115,7 @@ def require_free(folder: Path) -> None:
 def choose_streamed(recipe: Recipe, wanted: bool | None) -> bool:
     """Whether the blocks stay on disk: as wanted, or where memory would not hold the model and its student.
 
-    Raises ValueError if a streamed model should be distilled, or its weights thinned.
+    Raises ValueError if a streamed model should be distilled, its weights thinned, or its blocks chosen by KL.
     """
     if wanted and recipe.distillation is not None:
         raise ValueError(
@@ -125,7 +125,12 @@ def choose_streamed(recipe: Recipe, wanted: bool | None) -> bool:
     is_thinned = recipe.sparsity is not None or recipe.weight_share is not None
     if wanted and is_thinned:
         raise ValueError("a streamed model cannot be made sparse or factored; leave out sparsity and weight_share")
-    if wanted is not None or recipe.distillation is not None or is_thinned:
+    if wanted and recipe.selection == "kl":
+        raise ValueError(
+            "selection='kl' would read a streamed model from disk for every set of blocks that it tries; choose by "
+            "linearity, or list the blocks"
+        )
+    if wanted is not None or recipe.distillation is not None or is_thinned or recipe.selection == "kl":
         return bool(wanted)
     return is_memory_short(recipe.base_model, revision=recipe.revision, dtype=recipe.dtype, num_copies=2)
 

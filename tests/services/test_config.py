@@ -110,6 +110,7 @@ def test_an_unknown_key_that_is_near_to_none_names_them_all(tmp_path):
         (make_data(texts={"window": 4}), r"texts\.window: .*greater than or equal to 8, not 4"),
         (make_data(run={"streamed": True}, tasks={"names": ["arc_easy"]}), r"run\.streamed: .*leave tasks out"),
         (make_data({"sparsity": "2:4"}, run={"streamed": True}), r"run\.streamed: .*leave out sparsity"),
+        (make_data({"selection": "kl"}, run={"streamed": True}), r"run\.streamed: selection kl would read the model"),
         ({"name": "mine", "space": AXES}, r"mine\.yaml lacks 'model'"),
         ({"name": "mine", "model": "m", "space": {}}, r"mine\.yaml lacks 'space\.num_replaced'"),
         ({**make_data(), "space": None}, r"mine\.yaml: space: "),

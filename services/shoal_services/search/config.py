@@ -131,6 +131,12 @@ class SearchConfig(Value):
                 "run.streamed: a task would read the whole model from disk for every batch; leave tasks out, and measure "
                 "the stored models with `shoal evaluate --tasks` where one fits in memory"
             )
+        selection = self.space.selection
+        if "kl" in (selection.choice if isinstance(selection, Choice) else [selection]):
+            raise ValueError(
+                "run.streamed: selection kl would read the model from disk for every set of blocks that it tries; leave it "
+                "out"
+            )
         for name in ("sparsity", "weight_share"):
             if getattr(self.space, name) is not None:
                 raise ValueError(f"run.streamed: a streamed model cannot be made sparse or factored; leave out {name}")
