@@ -84,7 +84,7 @@ def test_an_unknown_key_names_the_nearest_one(tmp_path, data, unknown, nearest):
 
 def test_an_unknown_key_that_is_near_to_none_names_them_all(tmp_path):
     with pytest.raises(
-        ValueError, match=r"unknown key 'space\.zzz' in mine\.yaml; known keys: num_replaced, kind, selection"
+        ValueError, match=r"unknown key 'space\.zzz' in mine\.yaml; known keys: num_replaced, parameters, parts, kind"
     ):
         load(tmp_path, make_data({"zzz": 1}))
 
@@ -112,7 +112,7 @@ def test_an_unknown_key_that_is_near_to_none_names_them_all(tmp_path):
         (make_data({"sparsity": "2:4"}, run={"streamed": True}), r"run\.streamed: .*leave out sparsity"),
         (make_data({"selection": "kl"}, run={"streamed": True}), r"run\.streamed: selection kl would read the model"),
         ({"name": "mine", "space": AXES}, r"mine\.yaml lacks 'model'"),
-        ({"name": "mine", "model": "m", "space": {}}, r"mine\.yaml lacks 'space\.num_replaced'"),
+        ({"name": "mine", "model": "m", "space": {}}, r"space\.num_replaced must be 1 or more"),
         ({**make_data(), "space": None}, r"mine\.yaml: space: "),
     ],
 )
@@ -156,7 +156,7 @@ def test_an_axis_is_one_proper_range(tmp_path, axis, message):
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"num_replaced": 0}, r"num_replaced must be 1 or more; the dense model is measured"),
+        ({"num_replaced": 0}, r"num_replaced must be 1 or more, or space.parameters below 1"),
         ({"sparsity": 124}, r"sparsity=124.* is neither .*YAML reads 2:4 as 124 unless it is in quotes"),
         ({"sparsity": {"choice": [None, "3:4"]}}, r"sparsity='3:4' is neither a share"),
         ({"weight_share": {"uniform": [0.5, 1.0]}}, r"weight_share: Input should be less than 1"),
