@@ -114,7 +114,7 @@ def _compare_continuations(points, prompt: str, num_new: int) -> None:
 
     base = points[0].recipe.base_model
     tokenizer = load_tokenizer(base, revision=points[0].recipe.revision)
-    named = [("dense", base), *((f"{p.recipe.num_replaced} {p.recipe.kind}", p.artefact) for p in reversed(points))]
+    named = [("dense", base), *((f"{p.recipe.count_units()} {p.recipe.kind}", p.artefact) for p in reversed(points))]
     for name, place in named:
         text = continue_text(load_model(place), tokenizer, prompt, num_new=num_new)
         output.print(Text.assemble((f"{name:>12}", "bold"), f"  {prompt}", (text, "cyan")))

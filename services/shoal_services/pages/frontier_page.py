@@ -130,8 +130,8 @@ def _frontier_table(points: Sequence[Point], frontier: Sequence[Point]) -> str:
         rows.append(
             [
                 picks.get(id(point), ""),
-                f"{point.recipe.num_replaced}",
-                point.recipe.kind if point.recipe.num_replaced else "",
+                point.recipe.count_units().removesuffix(" blocks"),
+                point.recipe.kind if point.recipe.replaces_blocks else "",
                 ", ".join(point.recipe.weight_changes),
                 f"{point.num_parameters / 1e6:.1f} M",
                 f"{point.size.num_bytes / 1e6:.1f}",

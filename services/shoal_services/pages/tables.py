@@ -119,7 +119,7 @@ def frontier_cells(point: Point) -> list[str]:
     if point.speed and point.dense_speed:
         speedup = f"×{point.speed.decode_tokens_per_s / point.dense_speed.decode_tokens_per_s:.2f}"
     return [
-        str(recipe.num_replaced),
+        recipe.count_units().removesuffix(" blocks"),
         describe_method(recipe),
         f"{point.num_parameters / 1e6:.1f}M",
         f"{point.size.num_bytes / 1e6:.0f}",
@@ -133,7 +133,7 @@ def frontier_cells(point: Point) -> list[str]:
 def describe_method(recipe: Recipe) -> str:
     """The kind of replacement, and what was done to the weights of the blocks that stay."""
     kind = recipe.kind + (f"({recipe.rank})" if recipe.rank else "")
-    return ", ".join([*([kind] if recipe.num_replaced else []), *recipe.weight_changes])
+    return ", ".join([*([kind] if recipe.replaces_blocks else []), *recipe.weight_changes])
 
 
 def _caption(frontier: Sequence[Point]) -> str:

@@ -63,11 +63,18 @@ class TrialWork:
 
     @property
     def student(self) -> ModelShape:
-        return self.shape.without(self.recipe.num_replaced)
+        return self.shape.without(self.num_replaced)
+
+    @property
+    def num_replaced(self) -> int:
+        """Blocks that go, or as many as hold the parameters that go."""
+        if self.recipe.parameters is None:
+            return self.recipe.num_replaced
+        return round((1 - self.recipe.parameters) * self.shape.num_parameters / self.shape.block_parameters)
 
     @property
     def num_maps(self) -> int:
-        return self.recipe.num_replaced if self.recipe.kind in ("linear", "low_rank") else 0
+        return self.num_replaced if self.recipe.kind in ("linear", "low_rank") else 0
 
     @property
     def dense_bytes(self) -> float:
