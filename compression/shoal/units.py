@@ -15,9 +15,7 @@ Unit = int | str
 
 def read_unit(name: object) -> Unit:
     """A block's index, or the name of a part of it. Raises ValueError for anything else."""
-    if isinstance(name, int) and not isinstance(name, bool):
-        return name
-    found = re.fullmatch(r"(\d+)(?:\.(\w+))?", str(name).strip())
+    found = None if isinstance(name, bool) else re.fullmatch(r"(\d+)(?:\.(\w+))?", str(name).strip())
     if found is None or found[2] not in (None, *PARTS):
         raise ValueError(f"unit {name!r} is no block: give its index, as 12, or a part of it, as 12.attention or 12.mlp")
     return f"{int(found[1])}.{found[2]}" if found[2] else int(found[1])

@@ -127,7 +127,7 @@ def test_what_cannot_be_factored_is_refused(llama):
     factor_weights(llama, WINDOWS, 0.9)
     with pytest.raises(ValueError, match="factored already; start from its dense model"):
         factor_weights(llama, WINDOWS, 0.9)
-    with pytest.raises(ValueError, match="factored projections already; start from its dense model"):
+    with pytest.raises(ValueError, match="factored projections or gaps already; start from its dense model"):
         apply_replacement(llama, Replacement((2,)))
 
 

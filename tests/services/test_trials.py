@@ -100,6 +100,7 @@ def test_what_has_ended_is_not_proposed_and_is_known_to_the_sampler(small):
     assert config.trial_key(ended) not in {config.trial_key(one) for one in proposals}
 
 
+@pytest.mark.slow
 def test_a_stopped_trial_ends_with_its_workers_and_the_next_one_begins(make_search, tmp_path):
     """One at a time, with a model by a relative path; a finished trial of one parameter makes all others hopeless."""
     load_model("tiny-random", dtype="float32").save_pretrained(tmp_path / "models" / "mine")

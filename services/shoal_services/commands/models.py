@@ -257,7 +257,10 @@ def _compress_encoder(recipe: Recipe, folder: Path, texts: Texts, as_json: bool)
 def _parse_blocks(blocks: str | None) -> tuple[Unit, ...] | None:
     from shoal.units import read_unit
 
-    return None if blocks is None else tuple(read_unit(block) for block in blocks.split(","))
+    try:
+        return None if blocks is None else tuple(read_unit(block) for block in blocks.split(","))
+    except ValueError as error:
+        raise ValueError(f"--blocks {blocks!r}: {error}") from error
 
 
 def _parse_share(text: str) -> float:
