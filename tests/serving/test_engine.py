@@ -145,6 +145,15 @@ DECODER = BatchedDecoder(LLAMA, max_batch_size=4)
 ALONE = [continue_alone(LLAMA, prompt, 26) for prompt in prompts_of(*range(3, 30))]
 
 
+def test_bfloat16_is_served_on_every_processor():
+    """Packed where oneDNN has products for it, and as it is elsewhere."""
+    model = make_model("llama").to(torch.bfloat16)
+    rows = Rows(BatchedDecoder(model, max_batch_size=2))
+    rows.join(0, prompts_of(5)[0])
+    rows.step()
+    assert len(rows.tokens[0]) == 2
+
+
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bfloat16 products are emulated here")
 def test_bfloat16_logits_are_the_same_bit_by_bit_whatever_runs_beside():
     model = make_model("llama").bfloat16()

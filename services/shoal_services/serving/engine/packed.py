@@ -44,19 +44,21 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module, *, max_rows: int) -> int:
-    """Swaps the linear layers of a model on a CPU for packed ones; returns how many (0 on other hardware).
+    """Swaps the linear layers of a model on a CPU for packed ones; returns how many (0 on other hardware, and of bfloat16
+    where the processor's instructions do not suffice for oneDNN).
 
     A token's output is then the same, bit by bit, whatever the rows beside it, up to `max_rows` of them. The model can
     no longer be saved or trained.
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return 0
+    dtypes = {torch.float32} | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
     found: list[tuple[nn.Module, str, PackedLinear]] = []
     for parent in model.modules():
         for name, child in parent.named_children():
             if type(child) in (nn.Linear, Conv1D):
                 layer = cast(nn.Linear | Conv1D, child)
-                if layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.bfloat16, torch.float32):
+                if layer.weight.device.type == "cpu" and layer.weight.dtype in dtypes:
                     found.append((parent, name, PackedLinear(layer)))
     min_rows: dict[tuple[int, int], int] = {}
     for parent, name, packed in found:
