@@ -58,7 +58,8 @@ def _describe_changes(recipe: Recipe) -> str:
     sentences = []
     if recipe.replaces_blocks:
         kind = _describe_kind(recipe.kind)
-        sentences.append(f"Blocks {', '.join(map(str, recipe.blocks or ()))} of the dense model were {kind} (arXiv 2405.12250).")
+        units = ", ".join(map(str, recipe.blocks or ()))
+        sentences.append(f"Blocks {units} of the dense model were {kind} (arXiv 2405.12250).")
     if recipe.weight_share is not None:
         sentences.append(
             f"Projections of the blocks that stay are products of two factors with at most {recipe.weight_share:.0%} of "
