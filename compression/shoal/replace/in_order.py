@@ -69,7 +69,7 @@ def fit_in_order(
                 replacement.maps[(run.start + 1) // 2] = walk.map_across(ridge=ridge, rank=rank)
             place = run.stop
         else:
-            for start, stop in walk.list_steps(place, runs):
+            for start, stop in walk.list_steps(place, runs, refit_outputs=refit_outputs):
                 aim = runs[stop].stop if kind == "folded" and stop in runs else stop
                 weights = walk.step(start, stop, aim, refit_outputs=refit_outputs)
                 if weights:
@@ -106,11 +106,13 @@ class _Walk:
         self.student = [apply_map(affine, batch) for batch in self.student]
         return affine
 
-    def list_steps(self, place: int, runs: dict[int, range]) -> list[tuple[int, int]]:
+    def list_steps(self, place: int, runs: dict[int, range], *, refit_outputs: bool) -> list[tuple[int, int]]:
         """From where to where, up to the end of the block or a run: parts apart where a projection is fitted after each."""
         stop = place + 1 if place % 2 or place + 1 in runs else place + 2
-        apart = stop - place == 2 and self.dense.parts[place // 2] is not None and not self.is_shared(place // 2)
-        return [(place, place + 1), (place + 1, stop)] if apart else [(place, stop)]
+        can_be_apart = stop - place == 2 and self.dense.parts[place // 2] is not None
+        if refit_outputs and can_be_apart and not self.is_shared(place // 2):
+            return [(place, place + 1), (place + 1, stop)]
+        return [(place, stop)]
 
     def require_foldable(self, model: PreTrainedModel, runs: Iterable[int]) -> None:
         """Raises ValueError if before a run that begins at one of these places is no projection to fold it into."""

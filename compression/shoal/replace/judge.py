@@ -56,7 +56,8 @@ class Judge:
         self.model, self.dense, self.recipe = model, dense, recipe
         self.parts = find_parts(model, selection.ids.to(model.device))
         few = calibration.take(0, max(2, min(len(calibration), MAX_FIT_TOKENS // calibration.ids.shape[1])))
-        self.streams = self._keep_streams(split_evenly(few, model.device))
+        batches = split_evenly(few, model.device)
+        self.streams = self._keep_streams(self._stack(batches[0]), batches)
         quick = selection.ids[:QUICK_WINDOWS, :QUICK_TOKENS]
         self.quick = [self._read(quick.to(model.device), slice(0, len(quick)))]
         self.whole = [self._read(ids[None].to(model.device), slice(row, row + 1)) for row, ids in enumerate(selection.ids)]
@@ -66,9 +67,9 @@ class Judge:
     def _stack(self, ids: Tensor) -> UnitStack:
         return UnitStack(find_blocks(self.model), record_calls(self.model, ids), self.parts)
 
-    def _keep_streams(self, batches: list[Tensor]) -> list[Stream]:
-        """The dense model's streams at every place, [2 · depth + 1] of batches; None between parts that are not apart."""
-        stack, stream = self._stack(batches[0]), [embed(self.model, ids) for ids in batches]
+    def _keep_streams(self, stack: UnitStack, batches: list[Tensor]) -> list[Stream]:
+        """The dense model's streams at every place, [2 · depth + 1] of batches; where parts are not apart, the block's."""
+        stream = [embed(self.model, ids) for ids in batches]
         num_places = 2 * len(stack.blocks) + 1
         large = num_places * sum(batch.nbytes for batch in stream) > MAX_STREAM_BYTES
         kept: list[Stream] = []
@@ -82,7 +83,8 @@ class Judge:
         return kept
 
     def _read(self, ids: Tensor, rows: slice) -> _Reading:
-        return _Reading(ids, self._keep_streams([ids]), self._stack(ids), rows)
+        stack = self._stack(ids)
+        return _Reading(ids, self._keep_streams(stack, [ids]), stack, rows)
 
     @torch.no_grad()
     def cost(self, places: Places, *, quick: bool = False) -> float:
@@ -103,7 +105,7 @@ class Judge:
             else:
                 stop = min((start for start in runs if start > place), default=depth)
                 stream, place = reading.stack.run(place, stop, stream), stop
-        logits = find_logits(self.model, reading.ids, stream[0], list(reading.stack.calls))
+        logits = find_logits(self.model, reading.ids, stream[0], reading.stack.calls)
         top = self.dense.top_tokens(reading.rows, logits.device)
         top = type(top)(*(values[:, : logits.shape[1]] for values in top))
         log_probs = logits.gather(-1, top.ids).float() - find_normalizer(logits)[0][..., None]

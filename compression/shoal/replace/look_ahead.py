@@ -91,7 +91,7 @@ class LookAhead:
         for start in sorted(free):
             run = frozenset[int]()
             for place in range(start, max(free) + 1):
-                if place not in free or not any(place in move and move <= free for move in self.moves):
+                if place not in free:
                     break
                 run |= {place}
                 if self._is_allowed(run) and self.worth(run) >= self.goal:
@@ -110,9 +110,7 @@ class LookAhead:
     def _shrink(self, chosen: Places) -> Places:
         """Without units that the goal does not need."""
         while True:
-            spare = [
-                s for m in self.moves if m <= chosen and self._is_allowed(s := chosen - m) and self.worth(s) >= self.goal
-            ]
+            spare = [fewer for fewer in self._list_fewer(chosen) if self.worth(fewer) >= self.goal]
             if not spare:
                 return chosen
             chosen = min(spare, key=lambda s: self.judge.cost(s, quick=True))

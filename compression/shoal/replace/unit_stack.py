@@ -49,7 +49,7 @@ def without(block: nn.Module, part: Part) -> Iterator[None]:
 class UnitStack:
     """Blocks, how each is called, and the attention and MLP of those that have them one after the other."""
 
-    def __init__(self, blocks: Iterable[nn.Module], calls: Sequence[Call], parts: Sequence[Parts | None]):
+    def __init__(self, blocks: Iterable[nn.Module], calls: list[Call], parts: Sequence[Parts | None]):
         self.blocks, self.calls, self.parts = list(blocks), calls, parts
 
     def run(self, start: int, stop: int, stream: Stream) -> Stream:
