@@ -1,7 +1,8 @@
 """What other methods make of the same model, beside Shoal's: `python tests/rivals.py 4 6 --model smollm2-135m`.
 
 Each method is made from the formula of its paper, not from its code, in one harness: the same calibration, selection and
-evaluation text, nothing trained. ± is one standard error of the paired difference from the dense model.
+evaluation text; with --distil-tokens, all are healed alike too. ± is one standard error of the paired difference from the
+dense model.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.linalg import hadamard
 from shoal.checkpoints.load import load_model, load_tokenizer
+from shoal.distil.run import DistillationRun
+from shoal.distil.teacher import Lesson
 from shoal.linearity.accumulate import measure_moments
 from shoal.linearity.moments import Moments
 from shoal.linearity.scores import score_blocks
@@ -25,7 +29,7 @@ from shoal.measure.targets import TeacherTargets, measure_targets
 from shoal.models.calls import embed, record_calls
 from shoal.models.projections import find_down_proj, weight_of
 from shoal.models.structure import find_blocks, text_config
-from shoal.recipe import Recipe
+from shoal.recipe import Distillation, Recipe
 from shoal.replace.choose import choose_blocks, protected_blocks
 from shoal.replace.in_order import fit_in_order, split_evenly
 from shoal.replace.judge import Judge
@@ -33,7 +37,7 @@ from shoal.replace.look_ahead import list_moves
 from shoal.replace.maps import AffineMap, Replacement, apply_replacement
 from shoal.text.corpus import Corpus, load_corpus
 from shoal.texts import Texts
-from shoal.units import Unit, whole_blocks
+from shoal.units import Unit, find_runs, whole_blocks
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -47,6 +51,7 @@ class Ground:
     moments: Moments
     selection: TeacherTargets
     evaluation: tuple[TeacherTargets, ...]
+    distillation: TeacherTargets | None
 
     def choose(self, num_replaced: int, selection: str, **recipe: object) -> tuple[Unit, ...]:
         """The units that a rule of Shoal chooses."""
@@ -75,6 +80,20 @@ class Ground:
 def drop_alike(ground: Ground, number: int) -> Replacement:
     """ShortGPT (arXiv 2403.03853): blocks whose input and output have the highest cosine go."""
     return Replacement(ground.choose(number, "cosine"))
+
+
+def compensate(ground: Ground, number: int) -> Replacement:
+    """Prune&Comp (arXiv 2507.18212), ranked once: ShortGPT's blocks go, and each gap in magnitude is made up for by a factor."""
+    units = ground.choose(number, "cosine")
+    runs = find_runs(whole_blocks(units))
+    streams = ground.streams({boundary for run in runs for boundary in (run.start, run.stop)})
+    width = text_config(ground.model).hidden_size
+    maps = {}
+    for run in runs:
+        factor = (streams[run.stop].norm(dim=1) / streams[run.start].norm(dim=1)).mean()
+        eye = torch.eye(width, device=factor.device)
+        maps[run.start] = AffineMap((factor - 1) * eye, torch.zeros(width, device=factor.device))
+    return Replacement(units, maps)
 
 
 def drop_window(ground: Ground, number: int) -> Replacement:
@@ -161,6 +180,7 @@ def parts_in_order(ground: Ground, number: int) -> Replacement:
 
 METHODS: dict[str, Callable[[Ground, int], Replacement]] = {
     "ShortGPT": drop_alike,
+    "Prune&Comp": compensate,
     "UIDL": drop_window,
     "SLEB, by KL": drop_greedily,
     "LinearPatch": patch,
@@ -174,26 +194,43 @@ METHODS: dict[str, Callable[[Ground, int], Replacement]] = {
 }
 
 
-def prepare(name: str, texts: Texts, dtype: str | None) -> Ground:
+def prepare(name: str, texts: Texts, dtype: str | None, distil_tokens: int) -> Ground:
     model, tokenizer = load_model(name, dtype=dtype), load_tokenizer(name)
-    corpus = load_corpus(texts, tokenizer, model.config)
+    corpus = load_corpus(texts, tokenizer, model.config, distillation_tokens=distil_tokens)
     return Ground(
         model, corpus, measure_moments(model, corpus.calibration), measure_targets(model, corpus.selection),
         tuple(measure_targets(model, windows) for windows in corpus.evaluation),
+        measure_targets(model, corpus.distillation) if corpus.distillation else None,
     )  # fmt: skip
 
 
-def measure(ground: Ground, replacement: Replacement) -> list[str]:
-    """Parameters saved, what went, and perplexity over the dense model's on each text."""
+def measure(ground: Ground, replacement: Replacement, distil_tokens: int) -> list[str]:
+    """Parameters saved, what went, and perplexity over the dense model's on each text, healed too if that is wanted."""
     student = copy.deepcopy(ground.model)
     apply_replacement(student, replacement)
     saved = ground.model.num_parameters() - student.num_parameters()
-    cells = [f"{saved / 1e6:.1f} M", ", ".join(map(str, replacement.units))]
+    cells = [f"{saved / 1e6:.1f} M", ", ".join(map(str, replacement.units)), *rate(ground, student)]
+    return [*cells, *rate(ground, heal(ground, student, replacement, distil_tokens))] if distil_tokens else cells
+
+
+def rate(ground: Ground, student: PreTrainedModel) -> list[str]:
+    cells = []
     for windows, dense in zip(ground.corpus.evaluation, ground.evaluation, strict=True):
         found = evaluate(student, windows, dense)
         ratio = math.exp(found.log_ratio)
         cells.append(f"{found.perplexity:.2f}, ×{ratio:.3f} ± {ratio * found.log_ratio_standard_error:.3f}")
     return cells
+
+
+def heal(ground: Ground, student: PreTrainedModel, replacement: Replacement, num_tokens: int) -> PreTrainedModel:
+    assert ground.corpus.distillation is not None
+    lesson = Lesson(ground.corpus.distillation, ground.distillation, ground.corpus.selection, ground.selection)
+    run = DistillationRun(
+        student, ground.model, lesson, Distillation(num_tokens=num_tokens), replaced=replacement.blocks
+    )
+    for _ in run:
+        pass
+    return run.finish()
 
 
 def main() -> None:
@@ -204,21 +241,28 @@ def main() -> None:
     parser.add_argument("--text", action="append", help="to fit and choose on; repeatable")
     parser.add_argument("--evaluation-text", action="append", help="to report on; repeatable")
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
+    parser.add_argument("--evaluation-tokens", type=int, default=16_384)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--distil-tokens", type=int, default=0, help="to heal every method's model on, all alike")
     parser.add_argument("--only", help="methods whose names hold this")
     given = parser.parse_args()
     texts = Texts(
-        train=tuple(given.text or ["wikipedia-sample"]), window=512, calibration_tokens=given.calibration_tokens,
+        train=tuple(given.text or ["wikipedia-sample"]), window=given.window, calibration_tokens=given.calibration_tokens,
         evaluation=tuple(given.evaluation_text or given.text or ["wikipedia-sample"]),
+        evaluation_tokens=given.evaluation_tokens,
     )  # fmt: skip
-    ground, console = prepare(given.model, texts, given.dtype), Console()
+    ground = prepare(given.model, texts, given.dtype, given.distil_tokens)
+    console = Console(width=None if sys.stdout.isatty() else 240)
     dense = ", ".join(f"{float(one.nll.mean().exp()):.2f}" for one in ground.evaluation)
     for number in given.numbers:
-        table = Table(title=f"{given.model} without {number} blocks, nothing trained; dense {dense}")
-        for column in ("method", "saved", "gone", *(windows.name for windows in ground.corpus.evaluation)):
+        table = Table(title=f"{given.model} without {number} blocks; dense {dense}")
+        names = [windows.name for windows in ground.corpus.evaluation]
+        healed = [f"{name}, healed" for name in names] if given.distil_tokens else []
+        for column in ("method", "saved", "gone", *names, *healed):
             table.add_column(column)
         for name, make in METHODS.items():
             if not given.only or given.only.lower() in name.lower():
-                table.add_row(name, *measure(ground, make(ground, number)))
+                table.add_row(name, *measure(ground, make(ground, number), given.distil_tokens))
         console.print(table)
 
 

@@ -88,7 +88,8 @@ class ModelShape:
         """Of the student of this shape, with that many full affine maps."""
         maps = num_maps * self.width * (self.width + 1)
         return maps + {
-            "maps": 0, "lora": self.lora_parameters(settings.lora_rank), "all": self.num_parameters
+            "maps": 0, "lora": self.lora_parameters(settings.lora_rank),
+            "blocks": self.num_blocks * self.block_parameters, "all": self.num_parameters,
         }[settings.trained]  # fmt: skip
 
     def forward_operations(self, window: int) -> float:
@@ -99,7 +100,7 @@ class ModelShape:
     def step_operations(self, window: int, trained: str, lora_rank: int = 0) -> float:
         """Per token of distillation, forward and backward, without the teacher."""
         forward = self.forward_operations(window)
-        if trained == "all":
+        if trained in ("blocks", "all"):
             return 3 * forward
         return 2 * forward + (6.0 * self.lora_parameters(lora_rank) if trained == "lora" else 0)
 

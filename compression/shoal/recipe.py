@@ -16,12 +16,14 @@ from shoal.value import Value, fingerprint
 Kind = Literal["linear", "low_rank", "folded", "dropped"]
 Selection = Literal["linearity", "linearity_in_sample", "linearity_without_residual", "cosine", "window", "kl", "listed"]
 Fit = Literal["in_order", "independent"]
-Trained = Literal["maps", "lora", "all"]
+Trained = Literal["maps", "lora", "blocks", "all"]
 
 Sparsity = float | Literal["2:4", "4:8"]
 
 # Of the dense model's tokens at a place, those that are kept for a student to learn from; the rest are one bucket.
 NUM_TOP = 64
+# Peak rates that heal best (SmolLM2-135M, 400k tokens: FINDINGS, "What heals"): the more weights learn, the smaller.
+LEARNING_RATES: dict[object, float] = {"maps": 5e-4, "lora": 5e-4, "blocks": 1e-4, "all": 1e-4}
 KINDS: tuple[Kind, ...] = ("linear", "low_rank", "folded", "dropped")
 
 
@@ -69,9 +71,19 @@ class Distillation(Steps):
 
     temperature: float = Field(default=1.0, gt=0, description="of both distributions in logit_kl")
     loss: LossWeights = LossWeights()
-    trained: Trained = Field(default="lora", description="which weights learn: maps alone, maps and LoRA factors, or all")
+    trained: Trained = Field(default="blocks", description="what learns: maps, maps and LoRA factors, the blocks, or all")
+    learning_rate: float = Field(default=1e-4, gt=0, description="the highest; by default 1e-4, of maps and LoRA 5e-4")
+    windows_per_step: int = Field(default=2, ge=1, description="the batch of an optimiser step")
     lora_rank: int = Field(default=32, ge=1, description="of the LoRA factors")
     patience: int | None = Field(default=None, ge=1, description="checks without improvement before an early stop")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_by_what_learns(cls, data: object) -> object:
+        if not isinstance(data, dict) or data.get("learning_rate") is not None:
+            return data
+        trained = data.get("trained", cls.model_fields["trained"].default)
+        return {**data, "learning_rate": LEARNING_RATES[trained]} if trained in LEARNING_RATES else data
 
 
 def read_sparsity(value: object) -> object:
@@ -150,7 +162,7 @@ class Recipe(Value):
         no_maps = self.kind in ("folded", "dropped") or not self.replaces_blocks
         if no_maps and self.distillation and self.distillation.trained == "maps":
             what = f"kind={self.kind!r}" if self.num_replaced else "num_replaced=0"
-            raise ValueError(f"{what} leaves no maps to train; use trained='lora' or 'all'")
+            raise ValueError(f"{what} leaves no maps to train; use trained='blocks' or 'lora'")
         if self.kind == "folded" and self.fit == "independent":
             raise ValueError("kind='folded' is fitted along the student's own stream; use fit='in_order'")
         return self

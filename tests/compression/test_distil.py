@@ -66,7 +66,7 @@ def assert_same_weights(found, expected, **tolerance) -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "dropped"])
-@pytest.mark.parametrize("trained", ["maps", "lora", "all"])
+@pytest.mark.parametrize("trained", ["maps", "lora", "blocks", "all"])
 def test_every_way_to_train_lowers_the_divergence(teacher, trained, kind):
     if (trained, kind) == ("maps", "dropped"):
         pytest.skip("nothing to train: refused, see below")
@@ -119,7 +119,7 @@ def test_a_perfect_student_has_nothing_to_learn(teacher, loss, blocks):
     assert losses_of(run)[0] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("trained", ["maps", "lora", "all"])
+@pytest.mark.parametrize("trained", ["maps", "lora", "blocks", "all"])
 def test_checkpointed_gradients_are_the_same_and_hold_less(teacher, trained):
     losses, held = [], []
     for checkpointed in (False, True):
@@ -142,7 +142,7 @@ def save_and_load(state: dict) -> dict:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("trained", ["maps", "lora", "all"])
+@pytest.mark.parametrize("trained", ["maps", "lora", "blocks", "all"])
 @pytest.mark.parametrize("stop", [1, 4, 7])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(teacher, trained, stop):
     lesson = Lesson(WINDOWS, held_out=HELD_OUT)
@@ -323,7 +323,7 @@ def test_the_seed_is_all_the_randomness_there_is(teacher):
     assert order == as_before != another
 
 
-@pytest.mark.parametrize("trained", ["maps", "lora", "all"])
+@pytest.mark.parametrize("trained", ["maps", "lora", "blocks", "all"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_zeros_stay_and_the_rest_learns(trained, family):
     """The checks while it trains are of the model that is left at the end: nothing is pruned after the last of them."""

@@ -93,7 +93,7 @@ def make_run(trained: str, device: str, dtype: torch.dtype = torch.float32) -> D
     return DistillationRun(student, teacher, lesson, settings, replaced=(2,))
 
 
-@pytest.mark.parametrize("trained", ["maps", "lora", "all"])
+@pytest.mark.parametrize("trained", ["maps", "lora", "blocks", "all"])
 def test_distillation_learns_what_it_learns_on_the_processor(trained):
     here, there = (list(make_run(trained, device)) for device in ("cpu", "cuda"))
     if trained != "lora":  # its factors begin at random, and every device has its own dice

@@ -125,7 +125,7 @@ def test_impossible_recipes_are_refused(changes, message):
         ({"learning_rate": -1e-3}, "greater than 0"),
         ({"learning_rate": math.nan}, "finite"),
         ({"temperature": 0}, "greater than 0"),
-        ({"trained": "bias"}, "'maps', 'lora' or 'all'"),
+        ({"trained": "bias"}, "'maps', 'lora', 'blocks' or 'all'"),
         ({"lora_rank": 0}, "greater than or equal to 1"),
         ({"window": 4}, "greater than or equal to 8"),
         ({"windows_per_step": 0}, "greater than or equal to 1"),

@@ -147,7 +147,7 @@ def test_listed_blocks_are_the_ones_replaced(shoal, prose):
         (["-n", "2", "--kind", "low_rank"], ["give rank with kind='low_rank'"]),
         (["-n", "2", "--rank", "4"], ["give rank with kind='low_rank'"]),
         (["-n", "2", "--distil-tokens", "-5"], ["num_tokens", "greater than or equal to 1"]),
-        (["-n", "2", "--distil-tokens", "64", "--trained", "everything"], ["trained", "'maps', 'lora' or 'all'"]),
+        (["-n", "2", "--distil-tokens", "64", "--trained", "everything"], ["trained", "'maps', 'lora', 'blocks' or 'all'"]),
         (["-n", "2", "--distil-tokens", "64", "--learning-rate", "0"], ["learning_rate", "greater than 0"]),
         (["-n", "2", "--dtype", "float8"], ["dtype='float8' is not known; choose one of bfloat16"]),
         (["-n", "2", "--window", "4"], ["window", "greater than or equal to 8"]),

@@ -1,4 +1,4 @@
-"""What of a student is trained: its maps, its maps with LoRA in the kept blocks, or everything; zeros stay if so wished."""
+"""What of a student is trained: its maps, maps and LoRA in the kept blocks, the blocks, or all; zeros stay if so wished."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shoal.models.projections import list_projections
 from shoal.models.structure import find_blocks
 from shoal.recipe import Distillation
 
-NOTHING_TO_TRAIN = "there is nothing to train: trained='maps' needs kind='linear' or 'low_rank'; use trained='lora'"
+NOTHING_TO_TRAIN = "there is nothing to train: trained='maps' needs kind='linear' or 'low_rank'; use trained='blocks'"
 
 
 def select_trained(
@@ -34,6 +34,8 @@ def select_trained(
     student.requires_grad_(settings.trained == "all")
     for block in find_blocks(student):
         with opened(block):
+            if settings.trained == "blocks":
+                block.requires_grad_(True)
             if settings.trained != "maps":
                 _change_projections(block, settings, keep_zeros)
             for module in block.modules():

@@ -154,8 +154,8 @@ def compress(
         str | None, typer.Option(help="Zeros in the kept blocks' weights (Wanda): a share such as 0.5, or 2:4, or 4:8.")
     ] = None,
     distil_tokens: Annotated[int, typer.Option(help="Tokens to distil on; 0 fits in closed form only.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the distillation.")] = 5e-4,
-    trained: Annotated[str, typer.Option(help="What distillation trains: maps, lora (and maps), all.")] = "lora",
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; by default 1e-4, with lora or maps 5e-4.")] = None,
+    trained: Annotated[str, typer.Option(help="What distillation trains: maps, lora (and maps), blocks, all.")] = "blocks",
     text: TrainText = ["wikipedia-sample"],  # noqa: B006
     evaluation_text: EvaluationText = ["wikipedia-sample"],  # noqa: B006
     calibration_tokens: Tokens = None,

@@ -70,7 +70,8 @@ def _describe(recipe: Recipe) -> str:
     if recipe.distillation is None:
         return label
     maps = recipe.kind in ("linear", "low_rank")
-    trained = {"maps": "the maps", "lora": "the maps and LoRA" if maps else "LoRA", "all": "all parameters"}
+    trained = {"maps": "the maps", "lora": "the maps and LoRA" if maps else "LoRA", "blocks": "all blocks",
+               "all": "all parameters"}  # fmt: skip
     return f"{label} + distillation of {trained[recipe.distillation.trained]}"
 
 
