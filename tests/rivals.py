@@ -83,7 +83,7 @@ def drop_alike(ground: Ground, number: int) -> Replacement:
 
 
 def compensate(ground: Ground, number: int) -> Replacement:
-    """Prune&Comp (arXiv 2507.18212), ranked once: ShortGPT's blocks go, and each gap in magnitude is made up for by a factor."""
+    """Prune&Comp (arXiv 2507.18212), ranked once: ShortGPT's blocks, and a factor for each gap in magnitude."""
     units = ground.choose(number, "cosine")
     runs = find_runs(whole_blocks(units))
     streams = ground.streams({boundary for run in runs for boundary in (run.start, run.stop)})
@@ -225,9 +225,7 @@ def rate(ground: Ground, student: PreTrainedModel) -> list[str]:
 def heal(ground: Ground, student: PreTrainedModel, replacement: Replacement, num_tokens: int) -> PreTrainedModel:
     assert ground.corpus.distillation is not None
     lesson = Lesson(ground.corpus.distillation, ground.distillation, ground.corpus.selection, ground.selection)
-    run = DistillationRun(
-        student, ground.model, lesson, Distillation(num_tokens=num_tokens), replaced=replacement.blocks
-    )
+    run = DistillationRun(student, ground.model, lesson, Distillation(num_tokens=num_tokens), replaced=replacement.blocks)
     for _ in run:
         pass
     return run.finish()
@@ -244,7 +242,7 @@ def main() -> None:
     parser.add_argument("--evaluation-tokens", type=int, default=16_384)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--distil-tokens", type=int, default=0, help="to heal every method's model on, all alike")
-    parser.add_argument("--only", help="methods whose names hold this")
+    parser.add_argument("--only", action="append", help="methods whose names hold this; repeatable")
     given = parser.parse_args()
     texts = Texts(
         train=tuple(given.text or ["wikipedia-sample"]), window=given.window, calibration_tokens=given.calibration_tokens,
@@ -261,7 +259,7 @@ def main() -> None:
         for column in ("method", "saved", "gone", *names, *healed):
             table.add_column(column)
         for name, make in METHODS.items():
-            if not given.only or given.only.lower() in name.lower():
+            if not given.only or any(part.lower() in name.lower() for part in given.only):
                 table.add_row(name, *measure(ground, make(ground, number), given.distil_tokens))
         console.print(table)
 

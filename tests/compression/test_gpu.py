@@ -1,6 +1,6 @@
 """What an accelerator computes is what the processor computes: moments, choice, walk, distillation, checkpoints, generation.
 
-    python -m pytest -m gpu
+python -m pytest -m gpu
 """
 
 from __future__ import annotations

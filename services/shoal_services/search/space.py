@@ -92,7 +92,9 @@ class Space(Value):
     weight_share: Axis[float | None] = None
     sparsity: Axis[float | str | None] = None
     distillation_tokens: Axis[int] = Field(default=0, description="to learn from; 0 distils nothing")
-    learning_rate: Axis[float | None] = Field(default=None, description="the highest; by default 1e-4, of maps and LoRA 5e-4")
+    learning_rate: Axis[float | None] = Field(
+        default=None, description="the highest; by default 1e-4, of maps and LoRA 5e-4"
+    )
     temperature: Axis[float] = 1.0
     logit_kl: Axis[float] = 1.0
     layer_mse: Axis[float] = 0.0
