@@ -76,7 +76,7 @@ def compress(
         tokenizer, corpus = load_texts(recipe, model, texts)
         if recipe.replaces_blocks:
             require_calibration(corpus.calibration, model)
-        recipe = name_inputs(recipe, model, corpus)
+        recipe = name_inputs(recipe.settle(streamed=streamed), model, corpus)
         listen("load", 1, 1)
     with watch.time("prepare"):
         preparation = prepare(model, corpus, listen=listen)
@@ -125,12 +125,12 @@ def choose_streamed(recipe: Recipe, wanted: bool | None) -> bool:
     is_thinned = recipe.sparsity is not None or recipe.weight_share is not None
     if wanted and is_thinned:
         raise ValueError("a streamed model cannot be made sparse or factored; leave out sparsity and weight_share")
-    if wanted and recipe.selection == "kl":
+    if wanted and recipe.asks_for_kl:
         raise ValueError(
             "selection='kl' would read a streamed model from disk for every set of blocks that it tries; choose by "
             "linearity, or list the blocks"
         )
-    if wanted is not None or recipe.distillation is not None or is_thinned or recipe.selection == "kl":
+    if wanted is not None or recipe.distillation is not None or is_thinned or recipe.asks_for_kl:
         return bool(wanted)
     return is_memory_short(recipe.base_model, revision=recipe.revision, dtype=recipe.dtype, num_copies=2)
 
@@ -155,13 +155,16 @@ def name_inputs(recipe: Recipe, model: PreTrainedModel, corpus: Corpus) -> Recip
 
 
 def choose(
-    recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation, *, listen: Listener = ignore
-) -> Recipe:
-    """The recipe with its blocks filled in."""
+    recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation, *,
+    kept_in: Path | None = None, listen: Listener = ignore,
+) -> Recipe:  # fmt: skip
+    """The recipe with its blocks filled in. In the folder `kept_in`, choices for one model and corpus share their costs."""
     units = choose_blocks(
         recipe, preparation.moments, scores=preparation.scores,
-        judge=lambda: Judge(model, corpus.calibration, corpus.selection, preparation.selection, recipe),
-        on_progress=lambda done, total: listen("choose", done, total),
+        judge=lambda: Judge(
+            model, corpus.calibration, corpus.selection, preparation.selection, recipe, kept_in=kept_in
+        ),
+        listen=listen,
     )  # fmt: skip
     return recipe.model_copy(update={"blocks": units, "num_replaced": len(units)})
 

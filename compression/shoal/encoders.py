@@ -83,6 +83,7 @@ def compress_encoder(
     recipe, windows = name_inputs(recipe, model, corpus), corpus.calibration
     listen("load", 1, 1)
     moments = measure_moments(model, windows, on_progress=lambda done: listen("moments", done, len(windows)))
+    recipe = recipe.settle(streamed=True)  # by linearity: the judge reads next-token distributions
     recipe = recipe.model_copy(update={"blocks": choose_blocks(recipe, moments), "refit": False})
     changed = replace(model, fit(recipe, model, windows, moments, listen=listen))
     costs = tuple(measure_cost(model, changed, tokenizer, text, listen=listen) for text in corpus.evaluation)
@@ -98,7 +99,7 @@ def compress_encoder(
 def _require_closed_form(recipe: Recipe) -> None:
     asked = {
         "distillation": recipe.distillation is not None, "sparsity": recipe.sparsity is not None,
-        "weight_share": recipe.weight_share is not None, "selection='kl'": recipe.selection == "kl",
+        "weight_share": recipe.weight_share is not None, "a choice by KL": recipe.asks_for_kl,
         "kind='folded'": recipe.kind == "folded",
     }  # fmt: skip
     for name, is_asked in asked.items():

@@ -23,7 +23,7 @@ Sparsity = float | Literal["2:4", "4:8"]
 # Of the dense model's tokens at a place, those that are kept for a student to learn from; the rest are one bucket.
 NUM_TOP = 64
 # Peak rates that heal best (SmolLM2-135M, 400k tokens: FINDINGS, "What heals"): the more weights learn, the smaller.
-LEARNING_RATES: dict[object, float] = {"maps": 5e-4, "lora": 5e-4, "blocks": 1e-4, "all": 1e-4}
+LEARNING_RATES: dict[object, float] = {"maps": 5e-4, "lora": 5e-4, "blocks": 1.5e-4, "all": 1e-4}
 KINDS: tuple[Kind, ...] = ("linear", "low_rank", "folded", "dropped")
 
 
@@ -72,7 +72,9 @@ class Distillation(Steps):
     temperature: float = Field(default=1.0, gt=0, description="of both distributions in logit_kl")
     loss: LossWeights = LossWeights()
     trained: Trained = Field(default="blocks", description="what learns: maps, maps and LoRA factors, the blocks, or all")
-    learning_rate: float = Field(default=1e-4, gt=0, description="the highest; by default 1e-4, of maps and LoRA 5e-4")
+    learning_rate: float = Field(
+        default=1.5e-4, gt=0, description="the highest; by default 1.5e-4, of all 1e-4, of maps and LoRA 5e-4"
+    )
     windows_per_step: int = Field(default=2, ge=1, description="the batch of an optimiser step")
     lora_rank: int = Field(default=32, ge=1, description="of the LoRA factors")
     patience: int | None = Field(default=None, ge=1, description="checks without improvement before an early stop")
@@ -119,7 +121,9 @@ class Recipe(Value):
     blocks: tuple[Annotated[Unit, BeforeValidator(read_unit)], ...] | None = None
     kind: Kind = Field(default="linear", description="what stands in for a run of replaced blocks")
     rank: int | None = Field(default=None, ge=1)
-    selection: Selection = Field(default="linearity", description="how blocks are chosen; listed is not for searches")
+    selection: Selection | None = Field(
+        default=None, description="how blocks are chosen: by kl, or if streamed by linearity"
+    )
     fit: Fit = Field(default="in_order", description="maps on the student's own stream, or each on the dense model's")
     refit: bool = Field(default=True, description="fit `o_proj` and `down_proj` of kept blocks again in the same walk")
     ridge: float | None = Field(default=None, ge=0, description="None: chosen on held-out tokens")
@@ -149,8 +153,8 @@ class Recipe(Value):
         if self.blocks is not None and len(self.blocks) != self.num_replaced:
             raise ValueError(f"num_replaced={self.num_replaced} but blocks names {len(self.blocks)}: make them agree")
         is_counted = bool(self.num_replaced and not self.blocks)
-        if self.parameters is not None and (is_counted or self.selection not in ("kl", "listed")):
-            raise ValueError("parameters=… says how much goes: leave num_replaced out, and take selection='kl'")
+        if self.parameters is not None and (is_counted or self.selection not in (None, "kl", "listed")):
+            raise ValueError("parameters=… says how much goes, by kl: leave num_replaced and selection out")
         if self.parts and self.parameters is None:
             raise ValueError("parts=True needs parameters, the share that stays: parts are no number of blocks")
         if self.takes_parts and (self.kind == "folded" or self.fit == "independent"):
@@ -166,6 +170,16 @@ class Recipe(Value):
         if self.kind == "folded" and self.fit == "independent":
             raise ValueError("kind='folded' is fitted along the student's own stream; use fit='in_order'")
         return self
+
+    @property
+    def asks_for_kl(self) -> bool:
+        """Whether nothing but KL can choose."""
+        return self.selection == "kl" or (self.parameters is not None and self.blocks is None)
+
+    def settle(self, *, streamed: bool = False) -> Self:
+        """With the rule that chooses blocks where none was named: by KL, which would read a streamed model too often."""
+        rule: Selection = "listed" if self.blocks is not None else "linearity" if streamed else "kl"
+        return self.model_copy(update={"selection": self.selection or rule})
 
     @property
     def replaces_blocks(self) -> bool:

@@ -119,7 +119,7 @@ class Table:
 
 def look(num_replaced: int, judge: Table, blocks: range = range(1, 7)) -> tuple[int | str, ...]:
     moves = list_moves(blocks, ())
-    return name_units(LookAhead(judge, moves, lambda places: len(places) / 2, num_replaced).find())
+    return name_units(LookAhead(judge, moves, lambda places: len(places) / 2, num_replaced).find()[0])
 
 
 def test_a_greedy_set_grows_by_what_costs_least_with_the_others_gone():
@@ -161,6 +161,49 @@ def test_the_judge_says_what_the_model_with_its_maps_says(measured, changes, uni
     expected = float(score_windows(student, held_out, dense).kl.mean())
     assert judge.cost(places) == pytest.approx(expected, rel=5e-2, abs=1e-5)
     assert judge.cost(places, quick=True) == pytest.approx(expected, rel=0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "units"), [("linear", (1, 2)), ("linear", ("1.mlp", 3)), ("dropped", (2,)), ("folded", (2, 3))]
+)
+def test_finalists_cost_what_the_model_that_is_made_costs(measured, kind, units):
+    model, windows, held_out, dense = measured
+    before = hash_weights(model)
+    judge = Judge(model, windows, held_out, dense, recipe(1, "kl", kind=kind))
+    cost = judge.cost_in_order(frozenset(list_places(units)))
+    student = copy.deepcopy(model)
+    apply_replacement(student, fit_in_order(model, units, judge.few, kind=kind))
+    assert cost == pytest.approx(float(score_windows(student, held_out, dense).kl.mean()), rel=1e-3, abs=1e-6)
+    assert hash_weights(model) == before, "the model has its weights again"
+
+
+def test_what_is_fitted_in_order_decides_between_the_last():
+    class Refitted(Table):
+        def cost_in_order(self, places: frozenset[int]) -> float:
+            return {(3, 4): 0.1}.get(name_units(places), 0.5)
+
+        def remember(self) -> None:
+            pass
+
+    judge = Refitted(_1=0.1, _1_2=0.2, _3_4=0.24)
+    moments = moments_with(NOISE, STEP)
+    assert name_units(LookAhead(judge, list_moves(range(1, 7), ()), lambda p: len(p) / 2, 2).find()[0]) == (1, 2)
+    assert choose_blocks(recipe(2, "kl"), moments, judge=lambda: judge) == (3, 4)
+
+
+def test_a_choice_goes_on_from_what_another_found(measured, tmp_path):
+    model, windows, held_out, dense = measured
+    moments = measure_moments(model, windows)
+
+    def choose(**changes) -> tuple[tuple[int | str, ...], Judge]:
+        wanted = recipe(2, "kl", fit="independent", **changes)
+        judge = Judge(model, windows, held_out, dense, wanted, kept_in=tmp_path)
+        return choose_blocks(wanted, moments, judge=lambda: judge), judge
+
+    first, _ = choose()
+    again, judge = choose()
+    assert again == first and "streams" not in vars(judge), "nothing is computed again"
+    assert "quick" in vars(choose(ridge=0.5)[1]), "other maps cost something else"
 
 
 def test_the_choice_of_one_is_brute_force(measured):

@@ -120,6 +120,8 @@ def test_stages_are_heard_and_timed(tiny_random, texts, tmp_path):
         "load",
         "moments",
         "dense model",
+        "choose",
+        "finalists",
         "fit",
         "distil",
         "evaluate",

@@ -159,7 +159,7 @@ def test_a_masked_loss_needs_a_mask_token(tiny_random):
         (["-n", "1", "--distil-tokens", "1024"], "distillation needs a causal decoder"),
         (["-n", "1", "--sparsity", "2:4"], "sparsity needs a causal decoder"),
         (["-n", "1", "--weight-share", "0.5"], "weight_share needs a causal decoder"),
-        (["-n", "1", "--selection", "kl"], "selection='kl' needs a causal decoder"),
+        (["-n", "1", "--selection", "kl"], "a choice by KL needs a causal decoder"),
         (["-n", "1", "--streamed"], "an encoder cannot be streamed"),
         (["-n", "4"], "choose 2 or fewer"),
         (["--blocks", "7"], "the model has blocks 0 to 3"),

@@ -1,4 +1,4 @@
-"""What an accelerator computes is what the processor computes: moments, choice, walk, distillation, checkpoints, generation.
+"""What an accelerator computes is what the processor computes: moments, choice, walk, learning, checkpoints, generation.
 
 python -m pytest -m gpu
 """

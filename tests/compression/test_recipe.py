@@ -85,7 +85,7 @@ def test_an_unknown_key_is_refused_by_name(value):
         ({"blocks": [-1, 2]}, "unit -1 is no block: give its index"),
         ({"blocks": [2, "2.mlp"]}, r"blocks lists \[2\] more than once"),
         ({"blocks": [1, "2.mlp"], "kind": "folded", "selection": "listed"}, "attention and MLP go apart"),
-        ({"parameters": 0.8}, "leave num_replaced out"),
+        ({"parameters": 0.8}, "leave num_replaced and selection out"),
         ({"num_replaced": 0, "parts": True}, "parts=True needs parameters"),
         ({"selection": "listed"}, "needs blocks"),
         ({"rank": 8}, "give rank with kind='low_rank'"),

@@ -96,7 +96,10 @@ def test_an_unknown_key_that_is_near_to_none_names_them_all(tmp_path):
         (make_data(dtype="float8"), r"dtype: .*'bfloat16', 'float16' or 'float32'.*'float8'"),
         (make_data({"num_replaced": "three"}), r"space\.num_replaced: .*integer.*'three'"),
         (make_data({"num_replaced": {"choice": [1, "two"]}}), r"space\.num_replaced\.1: .*integer.*'two'"),
-        (make_data({"trained": {"choice": ["lora", "adapters"]}}), r"space\.trained\.1: .*'maps', 'lora', 'blocks' or 'all'"),
+        (
+            make_data({"trained": {"choice": ["lora", "adapters"]}}),
+            r"space\.trained\.1: .*'maps', 'lora', 'blocks' or 'all'",
+        ),
         (make_data({"num_replaced": {"randint": [1, 2.5]}}), r"space\.num_replaced\.randint\.1: .*integer.*2\.5"),
         (make_data({"num_replaced": {"choice": []}}), r"space\.num_replaced: .*at least 1 item"),
         (make_data({"trained": "adapters"}), r"space\.trained: .*'maps', 'lora', 'blocks' or 'all'.*'adapters'"),
@@ -110,7 +113,10 @@ def test_an_unknown_key_that_is_near_to_none_names_them_all(tmp_path):
         (make_data(texts={"window": 4}), r"texts\.window: .*greater than or equal to 8, not 4"),
         (make_data(run={"streamed": True}, tasks={"names": ["arc_easy"]}), r"run\.streamed: .*leave tasks out"),
         (make_data({"sparsity": "2:4"}, run={"streamed": True}), r"run\.streamed: .*leave out sparsity"),
-        (make_data({"selection": "kl"}, run={"streamed": True}), r"run\.streamed: selection kl would read the model"),
+        (
+            make_data({"selection": "kl"}, run={"streamed": True}),
+            r"run\.streamed: selection kl, and parameters, would read",
+        ),
         ({"name": "mine", "space": AXES}, r"mine\.yaml lacks 'model'"),
         ({"name": "mine", "model": "m", "space": {}}, r"space\.num_replaced must be 1 or more"),
         ({**make_data(), "space": None}, r"mine\.yaml: space: "),

@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from shoal.linearity.moments import Moments
 from shoal.linearity.scores import BlockLinearity, require_tokens, score_blocks
 from shoal.models.structure import check_block_indices
+from shoal.progress import Listener, ignore
 from shoal.recipe import Recipe
-from shoal.replace.judge import Judge
+from shoal.replace.judge import Judge, Places
 from shoal.replace.look_ahead import LookAhead, Saving, list_moves
 from shoal.units import Unit, list_places, name_units
 
 MakeJudge = Callable[[], Judge]
 
-# `linearity` is what ranks unless something else is asked for (see `shoal.linearity.scores.RANKING_REASON`);
+# `linearity` ranks where KL would cost too much (see `shoal.linearity.scores.RANKING_REASON`);
 # `linearity_in_sample` is the paper's score, which sinks lift to 0.99 in the middle of most models.
 RANKINGS: dict[str, Callable[[BlockLinearity], float]] = {
     "linearity": lambda score: score.held_out,
@@ -35,7 +36,7 @@ def protected_blocks(scores: Sequence[BlockLinearity]) -> set[int]:
 
 def choose_blocks(
     recipe: Recipe, moments: Moments, *, scores: Sequence[BlockLinearity] | None = None, judge: MakeJudge | None = None,
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    listen: Listener = ignore,
 ) -> tuple[Unit, ...]:  # fmt: skip
     """The recipe's units in order, by `scores` of the moments if they are known; `judge` makes what selection='kl' asks.
 
@@ -60,17 +61,38 @@ def choose_blocks(
         return _most_alike_window(moments, recipe.num_replaced, {score.block for score in free})
     if recipe.selection == "kl":
         assert judge is not None
-        return _look_ahead(recipe, judge(), [score.block for score in free], on_progress)
-    rank = RANKINGS[recipe.selection]
-    free.sort(key=rank, reverse=True)
+        free.sort(key=RANKINGS["linearity"], reverse=True)
+        return _look_ahead(recipe, judge(), [score.block for score in free], listen)
+    assert recipe.selection is not None, "settle() says by which rule"
+    free.sort(key=RANKINGS[recipe.selection], reverse=True)
     return tuple(sorted(score.block for score in free[: recipe.num_replaced]))
 
 
-def _look_ahead(recipe: Recipe, judge: Judge, free: list[int], on_progress: Callable[[int, int], None]) -> tuple[Unit, ...]:
-    """The units that cost least by the judge, so many or down to so many parameters."""
+def _look_ahead(recipe: Recipe, judge: Judge, free: list[int], listen: Listener) -> tuple[Unit, ...]:
+    """The units that cost least, so many or down to so many parameters, of the `free` blocks, the most linear first."""
+    search = LookAhead(
+        judge, *_find_goal(recipe, judge, free), likely=list_moves(free, ()),
+        on_progress=lambda done, total: listen("choose", done, total),
+    )  # fmt: skip
+    finalists = search.find()
+    judge.remember()
+    if len(finalists) == 1 or recipe.fit == "independent":
+        return name_units(finalists[0])
+    costs: list[float] = []
+    for done, places in enumerate(finalists):
+        listen("finalists", done, len(finalists))
+        costs.append(judge.cost_in_order(places))
+    listen("finalists", len(finalists), len(finalists))
+    return name_units(finalists[costs.index(min(costs))])
+
+
+def _find_goal(recipe: Recipe, judge: Judge, free: list[int]) -> tuple[list[Places], Callable[[Places], float], float]:
+    """What may go together, what a set of places saves, and how much is to be saved.
+
+    Raises ValueError if all that may go is not enough.
+    """
     if recipe.parameters is None:
-        look = LookAhead(judge, list_moves(free, ()), lambda places: len(places) / 2, recipe.num_replaced, on_progress)
-        return name_units(look.find())
+        return list_moves(free, ()), lambda places: len(places) / 2, recipe.num_replaced
     apart = [block for block in free if judge.parts[block] is not None] if recipe.parts else []
     saving = Saving.of(judge.model, judge.parts, has_map=recipe.kind != "dropped", rank=recipe.rank)
     goal = math.ceil((1 - recipe.parameters) * saving.num_parameters)
@@ -81,7 +103,7 @@ def _look_ahead(recipe: Recipe, judge: Judge, free: list[int], on_progress: Call
             f"parameters={recipe.parameters:g} is out of reach: without all blocks that can be replaced, "
             f"{1 - most / saving.num_parameters:.2f} of the parameters are left; ask for that or more"
         )
-    return name_units(LookAhead(judge, moves, saving.of_places, goal, on_progress).find())
+    return moves, saving.of_places, goal
 
 
 def _most_alike_window(moments: Moments, length: int, free: set[int]) -> tuple[int, ...]:

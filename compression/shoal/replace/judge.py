@@ -1,18 +1,26 @@
 """What it costs to be without units: the divergence from the dense model, with one map in the place of each run.
 
-Maps are fitted on the dense model's own streams, and nothing is fitted again: that ranks as the walk in order does, and
-takes a fraction of it (SmolLM2-135M: 0.4 s a map against 150 s a walk). What candidates share is kept: the dense streams at
-every place, the maps by their first and last place, and every cost that was asked for before.
+To choose, maps are fitted on the dense model's own streams, and nothing is fitted again: that takes a fraction of the walk
+in order. What candidates share is kept: the dense streams at every place, the maps by their first and last place, and every
+cost that was asked for before. The walk, on few tokens, decides between the last few: refits help one set more than
+another (SmolLM2-135M, 4 blocks: 15–18 cost .242 and .183 after the walk, 12–15 .275 and .173), and on 8,192 tokens it puts
+them in the order that it has on 65,536.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shoal.files import write_text
 from shoal.large.memory import MAX_STREAM_BYTES
 from shoal.large.on_disk import zeros_off_memory
 from shoal.measure.divergence import find_divergence, find_normalizer
@@ -20,18 +28,20 @@ from shoal.measure.targets import TeacherTargets
 from shoal.models.calls import embed, find_logits, record_calls
 from shoal.models.structure import find_blocks
 from shoal.recipe import Recipe
-from shoal.replace.in_order import apply_map, fit_map, split_evenly
-from shoal.replace.maps import AffineMap
+from shoal.replace.in_order import apply_map, fit_in_order, fit_map, split_evenly
+from shoal.replace.maps import AffineMap, Replacement
 from shoal.replace.unit_stack import Stream, UnitStack, find_parts
 from shoal.text.windows import TokenWindows
-from shoal.units import find_runs
+from shoal.units import find_runs, name_units
+from shoal.value import fingerprint
 
-# Of the calibration text: enough to rank maps by.
-MAX_FIT_TOKENS = 16_384
+# Of the calibration text: enough to rank by.
+MAX_FIT_TOKENS = 8_192
 # A first look at a candidate takes this many tokens of so many windows.
 QUICK_TOKENS, QUICK_WINDOWS = 512, 2
 
 Places = frozenset[int]
+Cross = Callable[[range, Stream], Stream]
 
 
 @dataclass(frozen=True)
@@ -45,28 +55,78 @@ class _Reading:
 
 
 class Judge:
-    """The divergence in nats per token of the model without given units, on selection text."""
+    """The divergence in nats per token of the model without given units, on selection text.
 
-    @torch.no_grad()
+    `kept_in`: a folder where costs are kept, for choices of the same model and texts that come after this one.
+    """
+
     def __init__(
         self, model: PreTrainedModel, calibration: TokenWindows, selection: TokenWindows, dense: TeacherTargets,
-        recipe: Recipe,
+        recipe: Recipe, *, kept_in: Path | None = None,
     ):  # fmt: skip
         dense.require(selection)
-        self.model, self.dense, self.recipe = model, dense, recipe
+        self.model, self.selection, self.dense, self.recipe = model, selection, dense, recipe
         self.parts = find_parts(model, selection.ids.to(model.device))
-        few = calibration.take(0, max(2, min(len(calibration), MAX_FIT_TOKENS // calibration.ids.shape[1])))
-        batches = split_evenly(few, model.device)
-        self.streams = self._keep_streams(self._stack(batches[0]), batches)
-        quick = selection.ids[:QUICK_WINDOWS, :QUICK_TOKENS]
-        self.quick = [self._read(quick.to(model.device), slice(0, len(quick)))]
-        self.whole = [self._read(ids[None].to(model.device), slice(row, row + 1)) for row, ids in enumerate(selection.ids)]
+        self.few = calibration.take(0, max(2, min(len(calibration), MAX_FIT_TOKENS // calibration.ids.shape[1])))
         self.maps: dict[tuple[int, int], AffineMap] = {}
-        self.costs: dict[tuple[Places, bool], float] = {}
+        stands_there = "nothing" if recipe.kind == "dropped" else f"map-{fingerprint([recipe.rank, recipe.ridge])}"
+        self.file = kept_in and kept_in / f"costs-{stands_there}.json"
+        self.costs = _read_costs(self.file)
+
+    @cached_property
+    def streams(self) -> list[Stream]:
+        """The dense model's at every place, of the calibration text that maps are fitted on."""
+        batches = split_evenly(self.few, self.model.device)
+        return self._keep_streams(self._stack(batches[0]), batches)
+
+    @cached_property
+    def quick(self) -> list[_Reading]:
+        few = self.selection.ids[:QUICK_WINDOWS, :QUICK_TOKENS].to(self.model.device)
+        return [self._read(few, slice(0, len(few)))]
+
+    @cached_property
+    def whole(self) -> list[_Reading]:
+        rows = enumerate(self.selection.ids.to(self.model.device))
+        return [self._read(ids[None], slice(row, row + 1)) for row, ids in rows]
+
+    @torch.no_grad()
+    def cost(self, places: Places, *, quick: bool = False) -> float:
+        """The mean divergence without the units at these places; `quick`, on a few of the tokens."""
+        if (places, quick) not in self.costs:
+            readings = self.quick if quick else self.whole
+            kl = torch.cat([self._read_kl(places, reading, self._cross).flatten() for reading in readings])
+            self.costs[places, quick] = float(kl.mean())
+        return self.costs[places, quick]
+
+    @torch.no_grad()
+    def cost_in_order(self, places: Places) -> float:
+        """The mean divergence with the recipe's own kind in place, fitted in order on few tokens."""
+        recipe = self.recipe
+        fitted = fit_in_order(
+            self.model, name_units(places), self.few, kind=recipe.kind, rank=recipe.rank, ridge=recipe.ridge,
+            refit_outputs=recipe.refit,
+        )  # fmt: skip
+
+        def cross(run: range, stream: Stream) -> Stream:
+            affine = fitted.maps.get((run.start + 1) // 2)
+            return stream if affine is None else [apply_map(affine, batch) for batch in stream]
+
+        first = min(fitted.weights, default=len(self.parts))
+        with _with_weights(self.model, fitted):
+            kl = [self._read_kl(places, reading, cross, first=2 * first).flatten() for reading in self.whole]
+        return float(torch.cat(kl).mean())
+
+    def remember(self) -> None:
+        """Keeps the costs for choices that come after this one."""
+        if self.file:
+            self.costs = _read_costs(self.file) | self.costs
+            rows = [[sorted(places), quick, cost] for (places, quick), cost in self.costs.items()]
+            write_text(self.file, json.dumps(rows))
 
     def _stack(self, ids: Tensor) -> UnitStack:
         return UnitStack(find_blocks(self.model), record_calls(self.model, ids), self.parts)
 
+    @torch.no_grad()
     def _keep_streams(self, stack: UnitStack, batches: list[Tensor]) -> list[Stream]:
         """The dense model's streams at every place, [2 · depth + 1] of batches; where parts are not apart, the block's."""
         stream = [embed(self.model, ids) for ids in batches]
@@ -86,22 +146,14 @@ class Judge:
         stack = self._stack(ids)
         return _Reading(ids, self._keep_streams(stack, [ids]), stack, rows)
 
-    @torch.no_grad()
-    def cost(self, places: Places, *, quick: bool = False) -> float:
-        """The mean divergence without the units at these places; `quick`, on a few of the tokens."""
-        if (places, quick) not in self.costs:
-            readings = self.quick if quick else self.whole
-            kl = torch.cat([self._read_kl(places, reading).flatten() for reading in readings])
-            self.costs[places, quick] = float(kl.mean())
-        return self.costs[places, quick]
-
-    def _read_kl(self, places: Places, reading: _Reading) -> Tensor:
+    def _read_kl(self, places: Places, reading: _Reading, cross: Cross, *, first: int | None = None) -> Tensor:
+        """Of each token but a window's last; `first` is a place behind which blocks have other weights."""
         runs = {run.start: run for run in find_runs(places)}
-        place = min(runs)
+        place = min([*runs, *([] if first is None else [first])])
         stream, depth = reading.streams[place], 2 * len(reading.stack.blocks)
         while place < depth:
             if run := runs.get(place):
-                stream, place = self._cross(run, stream), run.stop
+                stream, place = cross(run, stream), run.stop
             else:
                 stop = min((start for start in runs if start > place), default=depth)
                 stream, place = reading.stack.run(place, stop, stream), stop
@@ -120,6 +172,27 @@ class Judge:
             student, aim = self.streams[run.start], self.streams[run.stop]
             self.maps[key] = fit_map(student, aim, ridge=self.recipe.ridge, rank=self.recipe.rank)
         return [apply_map(self.maps[key], batch) for batch in stream]
+
+
+def _read_costs(file: Path | None) -> dict[tuple[Places, bool], float]:
+    if file is None or not file.exists():
+        return {}
+    return {(frozenset(places), quick): cost for places, quick, cost in json.loads(file.read_text())}
+
+
+@contextmanager
+def _with_weights(model: PreTrainedModel, fitted: Replacement) -> Iterator[None]:
+    """Inside, kept blocks compute with the fitted weights."""
+    blocks = find_blocks(model)
+    changed = [(blocks[i].get_parameter(name), new) for i, own in fitted.weights.items() for name, new in own.items()]
+    before = [parameter.data for parameter, _ in changed]
+    for parameter, new in changed:
+        parameter.data = new.to(parameter)
+    try:
+        yield
+    finally:
+        for (parameter, _), old in zip(changed, before, strict=True):
+            parameter.data = old
 
 
 def _off_memory(batch: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def compress(
     kind: Annotated[KindName, typer.Option(help="linear, low_rank (with --rank), folded, dropped.")] = KindName.linear,
     rank: Annotated[int | None, typer.Option(help="Rank of the maps of kind low_rank.")] = None,
     selection: Annotated[
-        SelectionName | None, typer.Option(help="How blocks are chosen: by linearity, or with --parameters by kl.")
+        SelectionName | None, typer.Option(help="How blocks are chosen: by kl, or if streamed by linearity.")
     ] = None,
     weight_share: Annotated[
         float | None, typer.Option(help="Share of the kept blocks' weights that low-rank factors keep (SVD): 0.8.")
@@ -154,7 +154,9 @@ def compress(
         str | None, typer.Option(help="Zeros in the kept blocks' weights (Wanda): a share such as 0.5, or 2:4, or 4:8.")
     ] = None,
     distil_tokens: Annotated[int, typer.Option(help="Tokens to distil on; 0 fits in closed form only.")] = 0,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak; by default 1e-4, with lora or maps 5e-4.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak; by default 1.5e-4, of all weights 1e-4, of lora or maps 5e-4.")
+    ] = None,
     trained: Annotated[str, typer.Option(help="What distillation trains: maps, lora (and maps), blocks, all.")] = "blocks",
     text: TrainText = ["wikipedia-sample"],  # noqa: B006
     evaluation_text: EvaluationText = ["wikipedia-sample"],  # noqa: B006
@@ -212,7 +214,7 @@ def compress(
         {
             "base_model": model, "revision": revision, "num_replaced": count, "parameters": share, "parts": parts,
             "blocks": listed, "kind": kind.value, "rank": rank, "seed": seed, "dtype": dtype,
-            "selection": _name_selection(selection, is_listed=listed is not None, has_share=share is not None),
+            "selection": "listed" if listed is not None else selection and selection.value,
             "weight_share": weight_share, "sparsity": sparsity,
             "distillation": Distillation.model_validate(
                 {"num_tokens": distil_tokens, "learning_rate": learning_rate, "trained": trained}
@@ -272,9 +274,3 @@ def _parse_share(text: str) -> float:
     if not 0 < share < 1:
         raise ValueError(f"--parameters {text!r} is no share of the dense parameters: give 85% or 0.85")
     return share
-
-
-def _name_selection(selection: SelectionName | None, *, is_listed: bool, has_share: bool) -> str:
-    if is_listed:
-        return "listed"
-    return selection.value if selection else "kl" if has_share else "linearity"

@@ -132,10 +132,12 @@ class SearchConfig(Value):
                 "the stored models with `shoal evaluate --tasks` where one fits in memory"
             )
         selection = self.space.selection
-        if "kl" in (selection.choice if isinstance(selection, Choice) else [selection]):
+        if self.space.parameters is not None or "kl" in (
+            selection.choice if isinstance(selection, Choice) else [selection]
+        ):
             raise ValueError(
-                "run.streamed: selection kl would read the model from disk for every set of blocks that it tries; leave it "
-                "out"
+                "run.streamed: selection kl, and parameters, would read the model from disk for every set of blocks tried; "
+                "leave them out"
             )
         for name in ("sparsity", "weight_share"):
             if getattr(self.space, name) is not None:

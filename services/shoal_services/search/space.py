@@ -85,7 +85,7 @@ class Space(Value):
     parameters: Axis[float | None] = None
     parts: Axis[bool] = False
     kind: Axis[KindName] = "linear"
-    selection: Axis[Selection] = "linearity"
+    selection: Axis[Selection | None] = None
     fit: Axis[Fit] = "in_order"
     refit: Axis[bool] = True
     ridge: Axis[float | None] = None
@@ -93,7 +93,7 @@ class Space(Value):
     sparsity: Axis[float | str | None] = None
     distillation_tokens: Axis[int] = Field(default=0, description="to learn from; 0 distils nothing")
     learning_rate: Axis[float | None] = Field(
-        default=None, description="the highest; by default 1e-4, of maps and LoRA 5e-4"
+        default=None, description="the highest; by default 1.5e-4, of all 1e-4, of maps and LoRA 5e-4"
     )
     temperature: Axis[float] = 1.0
     logit_kl: Axis[float] = 1.0

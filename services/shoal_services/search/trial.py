@@ -99,7 +99,7 @@ class Trial:
             model = load_model(
                 self.config.model, revision=self.config.revision, dtype=self.config.dtype, device=device, streamed=streamed
             )
-        recipe = self.config.make_recipe(self.assignment)
+        recipe = self.config.make_recipe(self.assignment).settle(streamed=self.config.run.streamed)
         recipe = recipe.model_copy(update={"weights_sha256": (self.folder.prepared / "weights.sha256").read_text()})
         recipe = name_inputs(recipe, model, corpus)
         with self.watch.time("fit"):
@@ -156,7 +156,7 @@ class Trial:
         """The replacement from `fits/`, put there by rank 0 of the first trial that needs it."""
         file = self.folder.fits / f"{_fit_key(recipe)}.safetensors"
         if self.is_writer and not file.exists():
-            chosen = choose(recipe, model, corpus, preparation, listen=self.listen)
+            chosen = choose(recipe, model, corpus, preparation, kept_in=self.folder.fits, listen=self.listen)
             fit(chosen, model, corpus.calibration, preparation.moments, listen=self.listen).save(file)
         wait_for(file)  # hours, with a large model
         replacement = Replacement.load(file)
