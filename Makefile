@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 # A build of torch that is there already stays; a CPU build keeps CUDA packages away.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test test-slow lint bench reliability faults services services-stop clean
+.PHONY: help setup demo test test-slow gpu-check lint bench reliability faults services services-stop clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo         set up, and search the frontier of SmolLM2-135M (about ten minutes on two cores with bfloat16)"
+	@echo "make demo         set up, and search the frontier of SmolLM2-135M (a quarter of an hour on two cores with bfloat16)"
 	@echo "make test         set up, and run linter, type check and fast tests"
 	@echo "make test-slow    the tests that take minutes"
+	@echo "make gpu-check    the tests that need a GPU (set up with TORCH=torch for a build with CUDA)"
 	@echo "make bench        speed and memory, as ratios measured in one run"
 	@echo "make reliability  faults and overload put on a served model, and what came of them"
 	@echo "make faults       faults put on searches, and what was lost"
@@ -44,6 +45,9 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+gpu-check: setup
+	$(BIN)/python -m pytest -m gpu tests/compression/test_gpu.py
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -105,8 +105,8 @@ def read_sparsity(value: object) -> object:
 class Recipe(Value):
     """What to make of which model. `blocks` is filled in once they are chosen: blocks, and parts of blocks that stay.
 
-    How many go is said by `num_replaced`, or by `parameters`, the share of the dense model's that stays at most. With
-    `parts`, the attention and the MLP of a block may be chosen apart.
+    How many go is said by `num_replaced`, or by a budget: `parameters` or `kv_cache`, the share of the dense model's that
+    stays at most. With `parts`, the attention and the MLP of a block may be chosen apart.
 
     `weight_share` and `sparsity` are for the projections of the blocks that stay: the share of their parameters that
     low-rank factors keep, and the share of their weights that are zero ("2:4": 2 of each 4 stay).
@@ -117,7 +117,8 @@ class Recipe(Value):
     weights_sha256: str | None = None
     num_replaced: int = Field(default=0, ge=0, description="blocks that go; or say parameters")
     parameters: float | None = Field(default=None, gt=0, lt=1, description="the share of the dense model's that may stay")
-    parts: bool = Field(default=False, description="with parameters: attention and MLP of a block may go apart")
+    kv_cache: float | None = Field(default=None, gt=0, lt=1, description="the share of its KV cache that may stay")
+    parts: bool = Field(default=False, description="with a budget: attention and MLP of a block may go apart")
     blocks: tuple[Annotated[Unit, BeforeValidator(read_unit)], ...] | None = None
     kind: Kind = Field(default="linear", description="what stands in for a run of replaced blocks")
     rank: int | None = Field(default=None, ge=1)
@@ -153,10 +154,12 @@ class Recipe(Value):
         if self.blocks is not None and len(self.blocks) != self.num_replaced:
             raise ValueError(f"num_replaced={self.num_replaced} but blocks names {len(self.blocks)}: make them agree")
         is_counted = bool(self.num_replaced and not self.blocks)
-        if self.parameters is not None and (is_counted or self.selection not in (None, "kl", "listed")):
-            raise ValueError("parameters=… says how much goes, by kl: leave num_replaced and selection out")
-        if self.parts and self.parameters is None:
-            raise ValueError("parts=True needs parameters, the share that stays: parts are no number of blocks")
+        if self.parameters is not None and self.kv_cache is not None:
+            raise ValueError("parameters and kv_cache are two budgets: give one of them")
+        if self.budget and (is_counted or self.selection not in (None, "kl", "listed")):
+            raise ValueError(f"{self.budget[0]}=… says how much goes, by kl: leave num_replaced and selection out")
+        if self.parts and not self.budget:
+            raise ValueError("parts=True needs parameters or kv_cache, the share that stays: parts are no number of blocks")
         if self.takes_parts and (self.kind == "folded" or self.fit == "independent"):
             raise ValueError("attention and MLP go apart with kind linear, low_rank or dropped, and fit='in_order' alone")
         if self.selection == "listed" and self.blocks is None:
@@ -172,9 +175,15 @@ class Recipe(Value):
         return self
 
     @property
+    def budget(self) -> tuple[str, float] | None:
+        """What may not be more than a share of the dense model's, and the share."""
+        given = {"parameters": self.parameters, "kv_cache": self.kv_cache}
+        return next(((name, share) for name, share in given.items() if share is not None), None)
+
+    @property
     def asks_for_kl(self) -> bool:
         """Whether nothing but KL can choose."""
-        return self.selection == "kl" or (self.parameters is not None and self.blocks is None)
+        return self.selection == "kl" or (self.budget is not None and self.blocks is None)
 
     def settle(self, *, streamed: bool = False) -> Self:
         """With the rule that chooses blocks where none was named: by KL, which would read a streamed model too often."""
@@ -184,7 +193,7 @@ class Recipe(Value):
     @property
     def replaces_blocks(self) -> bool:
         """Whether blocks, or parts of them, go."""
-        return bool(self.num_replaced or self.parameters)
+        return bool(self.num_replaced or self.budget)
 
     @property
     def takes_parts(self) -> bool:
@@ -200,8 +209,9 @@ class Recipe(Value):
 
     def count_units(self) -> str:
         """How much goes: "4 blocks", "4 blocks and 3 parts"; before it is chosen, "down to 85 % of the parameters"."""
-        if self.blocks is None and self.parameters is not None:
-            return f"down to {100 * self.parameters:g} % of the parameters"
+        if self.blocks is None and self.budget:
+            what = {"parameters": "parameters", "kv_cache": "KV cache"}[self.budget[0]]
+            return f"down to {100 * self.budget[1]:g} % of the {what}"
         num_parts = sum(isinstance(unit, str) for unit in self.blocks or ())
         num_blocks = self.num_replaced - num_parts
         counts = [f"{num_blocks} blocks"] if num_blocks or not num_parts else []
@@ -216,6 +226,17 @@ class Recipe(Value):
         return (*factored, f"{self.sparsity if isinstance(self.sparsity, str) else f'{100 * self.sparsity:g} %'} sparse")
 
     @property
+    def lesson(self) -> str:
+        """What was learned from, and how often if more than once: "400,000 tokens of notes.txt (1.3 times over)"."""
+        assert self.distillation is not None
+        steps, text = self.distillation, self.distillation_text
+        num_tokens = steps.num_steps * steps.windows_per_step * steps.window
+        if text is None:
+            return f"{num_tokens:,} tokens"
+        often = f" ({num_tokens / text.num_tokens:.1f} times over)" if num_tokens > text.num_tokens else ""
+        return f"{num_tokens:,} tokens of {text.name}{often}"
+
+    @property
     def training_texts(self) -> list[str]:
         """Names of the texts that the model was calibrated on."""
         return [name for text in self.calibration for name in text.name.split(" + ")]
@@ -223,7 +244,9 @@ class Recipe(Value):
     @property
     def short_name(self) -> str:
         """The same as part of a name: "folded-4-sparse2of4"."""
-        how_much = f"{100 * self.parameters:g}p" if self.parameters else f"{self.num_replaced}"
+        how_much = f"{self.num_replaced}"
+        if self.budget:
+            how_much = f"{100 * self.budget[1]:g}{'p' if self.budget[0] == 'parameters' else 'kv'}"
         parts = [f"{self.kind}-{how_much}"] if self.replaces_blocks or not self.weight_changes else []
         if self.weight_share is not None:
             parts.append(f"svd{100 * self.weight_share:g}")

@@ -12,6 +12,7 @@ from shoal.linearity.accumulate import measure_moments
 from shoal.linearity.moments import Moments
 from shoal.linearity.scores import score_blocks
 from shoal.measure.perplexity import score_windows
+from shoal.measure.size_and_speed import measure_size
 from shoal.measure.targets import measure_targets
 from shoal.recipe import Recipe
 from shoal.replace.choose import choose_blocks, protected_blocks
@@ -229,8 +230,21 @@ def test_a_budget_of_parameters_is_kept(measured, share, parts):
     assert parts or all(isinstance(unit, int) for unit in units)
 
 
+@pytest.mark.parametrize("parts", [True, False])
+def test_a_budget_of_the_cache_is_kept(measured, parts):
+    model, (_, windows, held_out, _) = make_model("llama"), measured
+    wanted = Recipe(base_model="tiny", kv_cache=0.6, parts=parts)
+    judge = Judge(model, windows, held_out, measure_targets(model, held_out), wanted)
+    units = choose_blocks(wanted.settle(), measure_moments(model, windows), judge=lambda: judge)
+    student = copy.deepcopy(model)
+    apply_replacement(student, fit_in_order(model, units, windows))
+    kept, whole = (measure_size(one).kv_bytes_per_token for one in (student, model))
+    assert kept == pytest.approx(0.6 * whole, rel=0.05), "where an attention was, tokens are still counted"
+    assert not [unit for unit in units if str(unit).endswith("mlp")], "an MLP has no cache"
+
+
 def test_a_budget_out_of_reach_names_the_nearest(measured):
     model, windows, held_out, dense = measured
     wanted = Recipe(base_model="tiny", parameters=0.01, selection="kl")
-    with pytest.raises(ValueError, match=r"parameters=0.01 is out of reach: .* 0\.\d\d of the parameters are left"):
+    with pytest.raises(ValueError, match=r"parameters=0.01 is out of reach: .* 0\.\d\d of the dense model's is left"):
         choose_blocks(wanted, measure_moments(model, windows), judge=lambda: Judge(model, windows, held_out, dense, wanted))

@@ -12,7 +12,7 @@ from shoal.checkpoints.load import load_model, load_tokenizer
 from shoal.checkpoints.store import load_point, save, save_point
 from shoal.files import write_text
 from shoal.point import Evaluation, Point, Size, Speed
-from shoal.recipe import Recipe
+from shoal.recipe import Distillation, Recipe
 from shoal.replace.maps import AffineMap, Replacement, apply_replacement
 from shoal.texts import Text
 
@@ -113,6 +113,13 @@ def test_the_card_shows_every_number_beside_the_dense_one(folder):
     assert numbers["KV cache, bytes per token"] == ["1,280", "1,024"]
     assert numbers["prefill, tokens/s"] == ["1,234", "2,345"]
     assert numbers["decode, tokens/s"] == ["56.7", "67.8"]
+
+
+def test_the_card_says_what_was_learned_from_and_how_often(folder):
+    lesson = {"distillation": Distillation(num_tokens=4096), "distillation_text": Text(name="prose", num_tokens=2048)}
+    save_point(folder, POINT.model_copy(update={"recipe": RECIPE.model_copy(update=lesson)}))
+    card = (folder / "README.md").read_text()
+    assert "The blocks then learned what the dense model says, on 4,096 tokens of prose (2.0 times over)." in card
 
 
 @pytest.mark.parametrize("kind", ["linear", "dropped"])

@@ -115,7 +115,7 @@ def test_an_unknown_key_that_is_near_to_none_names_them_all(tmp_path):
         (make_data({"sparsity": "2:4"}, run={"streamed": True}), r"run\.streamed: .*leave out sparsity"),
         (
             make_data({"selection": "kl"}, run={"streamed": True}),
-            r"run\.streamed: selection kl, and parameters, would read",
+            r"run\.streamed: selection kl, and budgets, would read",
         ),
         ({"name": "mine", "space": AXES}, r"mine\.yaml lacks 'model'"),
         ({"name": "mine", "model": "m", "space": {}}, r"space\.num_replaced must be 1 or more"),

@@ -72,6 +72,10 @@ def _describe_changes(recipe: Recipe) -> str:
             "not counted as parameters. They are stored like other values, so that the folder loads everywhere: they "
             "save no bytes and, without hardware for them, no time."
         )
+    if recipe.distillation is not None:
+        what = {"maps": "The maps", "lora": "Low-rank updates", "blocks": "The blocks", "all": "All weights"}
+        learner = what[recipe.distillation.trained]
+        sentences.append(f"{learner} then learned what the dense model says, on {recipe.lesson}.")
     return "\n".join(sentences)
 
 

@@ -91,19 +91,28 @@ def _find_goal(recipe: Recipe, judge: Judge, free: list[int]) -> tuple[list[Plac
 
     Raises ValueError if all that may go is not enough.
     """
-    if recipe.parameters is None:
+    if recipe.budget is None:
         return list_moves(free, ()), lambda places: len(places) / 2, recipe.num_replaced
+    name, share = recipe.budget
     apart = [block for block in free if judge.parts[block] is not None] if recipe.parts else []
-    saving = Saving.of(judge.model, judge.parts, has_map=recipe.kind != "dropped", rank=recipe.rank)
-    goal = math.ceil((1 - recipe.parameters) * saving.num_parameters)
-    moves = list_moves(free, apart)
-    most = saving.of_places(frozenset[int]().union(*moves))
+    if name == "kv_cache":
+        moves = [*list_moves(free, ()), *(frozenset((2 * block,)) for block in apart)]
+        total, count = len(judge.parts), _count_attentions
+    else:
+        saving = Saving.of(judge.model, judge.parts, has_map=recipe.kind != "dropped", rank=recipe.rank)
+        moves, total, count = list_moves(free, apart), saving.num_parameters, saving.of_places
+    goal, most = math.ceil((1 - share) * total), count(frozenset[int]().union(*moves))
     if most < goal:
         raise ValueError(
-            f"parameters={recipe.parameters:g} is out of reach: without all blocks that can be replaced, "
-            f"{1 - most / saving.num_parameters:.2f} of the parameters are left; ask for that or more"
+            f"{name}={share:g} is out of reach: without all that can be replaced, {1 - most / total:.2f} of the dense "
+            "model's is left; ask for that or more"
         )
-    return moves, saving.of_places, goal
+    return moves, count, goal
+
+
+def _count_attentions(places: Places) -> int:
+    """Attentions, of one KV cache each, among the units at these places."""
+    return sum(place % 2 == 0 for place in places)
 
 
 def _most_alike_window(moments: Moments, length: int, free: set[int]) -> tuple[int, ...]:

@@ -133,8 +133,12 @@ def compress(
     parameters: Annotated[
         str | None, typer.Option(help="How much may stay, instead of how many blocks go: 85% of the dense parameters.")
     ] = None,
+    megabytes: Annotated[
+        float | None, typer.Option(help="The same as the size of the weights at this dtype, in MB.")
+    ] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="The same for the KV cache: 70% of the dense model's.")] = None,
     parts: Annotated[
-        bool, typer.Option("--parts", help="With --parameters: let the attention and the MLP of a block go apart.")
+        bool, typer.Option("--parts", help="With such a budget: let the attention and the MLP of a block go apart.")
     ] = False,
     blocks: Annotated[
         str | None, typer.Option(help="Which blocks, or parts of them, instead of how many: 12,13.mlp,15.attention.")
@@ -180,6 +184,8 @@ def compress(
 
         shoal compress smollm2-135m --parameters 85% --parts
 
+        shoal compress smollm2-135m --kv-cache 70% --parts
+
         shoal compress smollm2-135m -n 8 --kind folded --distil-tokens 131072 -o smol-22
 
         shoal compress smollm2-135m -n 4 --kind folded --sparsity 2:4
@@ -202,17 +208,20 @@ def compress(
     from shoal_services.pages.tables import point_table
 
     listed = _parse_blocks(blocks)
-    if [num_replaced, parameters, listed].count(None) != 2:
-        raise ValueError("give one of --num-replaced, --parameters and --blocks")
+    if [num_replaced, parameters, megabytes, kv_cache, listed].count(None) != 4:
+        raise ValueError("give one of --num-replaced, --parameters, --megabytes, --kv-cache and --blocks")
     count = len(listed) if listed is not None else num_replaced or 0
-    share = None if parameters is None else _parse_share(parameters)
-    if share is None and count < (1 if weight_share is None and sparsity is None else 0):
+    share, kv_share = _parse_share("--parameters", parameters), _parse_share("--kv-cache", kv_cache)
+    if megabytes is not None:
+        share = _find_share(megabytes, model, revision, dtype)
+    if share is None and kv_share is None and count < (1 if weight_share is None and sparsity is None else 0):
         raise ValueError(
             f"--num-replaced {count}: choose 1 or more blocks to replace, or 0 with --sparsity or --weight-share"
         )
     recipe = Recipe.model_validate(
         {
-            "base_model": model, "revision": revision, "num_replaced": count, "parameters": share, "parts": parts,
+            "base_model": model, "revision": revision, "num_replaced": count, "parameters": share,
+            "kv_cache": kv_share, "parts": parts,
             "blocks": listed, "kind": kind.value, "rank": rank, "seed": seed, "dtype": dtype,
             "selection": "listed" if listed is not None else selection and selection.value,
             "weight_share": weight_share, "sparsity": sparsity,
@@ -265,12 +274,26 @@ def _parse_blocks(blocks: str | None) -> tuple[Unit, ...] | None:
         raise ValueError(f"--blocks {blocks!r}: {error}") from error
 
 
-def _parse_share(text: str) -> float:
+def _parse_share(option: str, text: str | None) -> float | None:
     """A share between 0 and 1, given as 85% or 0.85."""
+    if text is None:
+        return None
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         share = 0.0
     if not 0 < share < 1:
-        raise ValueError(f"--parameters {text!r} is no share of the dense parameters: give 85% or 0.85")
+        raise ValueError(f"{option} {text!r} is no share of the dense model's: give 85% or 0.85")
     return share
+
+
+def _find_share(megabytes: float, model: str, revision: str | None, dtype: str | None) -> float:
+    """The share of its parameters that makes a model so large. Raises ValueError for what it is not larger than."""
+    from shoal.checkpoints.config import make_skeleton
+    from shoal.checkpoints.device import choose_device, read_dtype
+
+    skeleton = make_skeleton(model, revision=revision, dtype=read_dtype(dtype, choose_device()))
+    dense = sum(p.nbytes for p in {id(p): p for p in skeleton.parameters()}.values()) / 1e6
+    if not 0 < megabytes < dense:
+        raise ValueError(f"--megabytes {megabytes:g}: the dense model takes {dense:.0f} MB; give less than that")
+    return megabytes / dense

@@ -102,7 +102,7 @@ def _describe(point: Point) -> str:
     recipe, first = point.recipe, point.evaluations[0]
     settings = recipe.distillation
     distilled = (
-        f"distilled on {settings.num_tokens:,} tokens, learning rate {settings.learning_rate:.2g}, "
+        f"distilled on {recipe.lesson}, learning rate {settings.learning_rate:.2g}, "
         f"temperature {settings.temperature:g}, trained {settings.trained}"
         if settings
         else "not distilled"

@@ -132,11 +132,10 @@ class SearchConfig(Value):
                 "the stored models with `shoal evaluate --tasks` where one fits in memory"
             )
         selection = self.space.selection
-        if self.space.parameters is not None or "kl" in (
-            selection.choice if isinstance(selection, Choice) else [selection]
-        ):
+        has_budget = self.space.parameters is not None or self.space.kv_cache is not None
+        if has_budget or "kl" in (selection.choice if isinstance(selection, Choice) else [selection]):
             raise ValueError(
-                "run.streamed: selection kl, and parameters, would read the model from disk for every set of blocks tried; "
+                "run.streamed: selection kl, and budgets, would read the model from disk for every set of blocks tried; "
                 "leave them out"
             )
         for name in ("sparsity", "weight_share"):
@@ -188,6 +187,7 @@ class SearchConfig(Value):
             for name in (
                 "num_replaced",
                 "parameters",
+                "kv_cache",
                 "parts",
                 "selection",
                 "fit",

@@ -17,7 +17,7 @@ class SearchEvents(TrialEvents[TrialResult]):
     metrics = ("loss", "learning_rate", "gradient_norm", "held_out_kl", "held_out_perplexity", "num_parameters")
 
     def name_trial(self, assignment: dict[str, Any]) -> str:
-        names = ("kind", "num_replaced", "parameters", "weight_share", "sparsity")
+        names = ("kind", "num_replaced", "parameters", "kv_cache", "weight_share", "sparsity")
         return " ".join(str(assignment[name]) for name in names if assignment.get(name) is not None) or "trial"
 
     def record_result(self, run: str, result: TrialResult) -> None:

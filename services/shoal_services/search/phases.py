@@ -67,10 +67,13 @@ class TrialWork:
 
     @property
     def num_replaced(self) -> int:
-        """Blocks that go, or as many as hold the parameters that go."""
-        if self.recipe.parameters is None:
+        """Blocks that go, or as many as hold what the budget says goes."""
+        if self.recipe.budget is None:
             return self.recipe.num_replaced
-        return round((1 - self.recipe.parameters) * self.shape.num_parameters / self.shape.block_parameters)
+        name, share = self.recipe.budget
+        if name == "kv_cache":
+            return round((1 - share) * self.shape.num_blocks)
+        return round((1 - share) * self.shape.num_parameters / self.shape.block_parameters)
 
     @property
     def num_maps(self) -> int:

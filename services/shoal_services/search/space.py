@@ -83,6 +83,7 @@ class Space(Value):
 
     num_replaced: Axis[int] = 0
     parameters: Axis[float | None] = None
+    kv_cache: Axis[float | None] = None
     parts: Axis[bool] = False
     kind: Axis[KindName] = "linear"
     selection: Axis[Selection | None] = None
@@ -140,7 +141,7 @@ class Space(Value):
     @property
     def replaces_blocks(self) -> bool:
         """Whether some recipe of the space replaces blocks."""
-        return self.parameters is not None or bool(self.highest("num_replaced"))
+        return bool(self.parameters or self.kv_cache or self.highest("num_replaced"))
 
     def highest(self, name: str) -> float:
         """The largest value that an axis or constant can take."""

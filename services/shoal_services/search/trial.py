@@ -226,7 +226,19 @@ class Trial:
 
 def _fit_key(recipe: Recipe) -> str:
     """Equal for recipes that have the same replacement before distillation."""
-    fields = {"num_replaced", "parameters", "parts", "blocks", "kind", "rank", "selection", "fit", "refit", "ridge"}
+    fields = {
+        "num_replaced",
+        "parameters",
+        "kv_cache",
+        "parts",
+        "blocks",
+        "kind",
+        "rank",
+        "selection",
+        "fit",
+        "refit",
+        "ridge",
+    }
     return fingerprint(recipe.model_dump(mode="json", include=fields))
 
 
