@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import make_affine, make_ids, make_model, moments_of
 from shoal.checkpoints.hashes import hash_weights
 from shoal.linearity.accumulate import measure_moments
@@ -112,7 +114,10 @@ class Table:
 
     def __init__(self, **costs: float):
         self.costs = {frozenset(list_places(map(int, name.strip("_").split("_")))): cost for name, cost in costs.items()}
-        self.parts = [None] * 8
+        self.parts, self.world_size = [None] * 8, 1
+
+    def read(self, _candidates, *, quick: bool = False) -> None:
+        pass
 
     def cost(self, places: frozenset[int], *, quick: bool = False) -> float:
         return self.costs.get(places, len(places))
@@ -171,7 +176,7 @@ def test_finalists_cost_what_the_model_that_is_made_costs(measured, kind, units)
     model, windows, held_out, dense = measured
     before = hash_weights(model)
     judge = Judge(model, windows, held_out, dense, recipe(1, "kl", kind=kind))
-    cost = judge.cost_in_order(frozenset(list_places(units)))
+    (cost,) = judge.read_in_order([frozenset(list_places(units))])
     student = copy.deepcopy(model)
     apply_replacement(student, fit_in_order(model, units, judge.few, kind=kind))
     assert cost == pytest.approx(float(score_windows(student, held_out, dense).kl.mean()), rel=1e-3, abs=1e-6)
@@ -180,8 +185,8 @@ def test_finalists_cost_what_the_model_that_is_made_costs(measured, kind, units)
 
 def test_what_is_fitted_in_order_decides_between_the_last():
     class Refitted(Table):
-        def cost_in_order(self, places: frozenset[int]) -> float:
-            return {(3, 4): 0.1}.get(name_units(places), 0.5)
+        def read_in_order(self, finalists: list[frozenset[int]]) -> list[float]:
+            return [{(3, 4): 0.1}.get(name_units(places), 0.5) for places in finalists]
 
         def remember(self) -> None:
             pass
@@ -205,6 +210,31 @@ def test_a_choice_goes_on_from_what_another_found(measured, tmp_path):
     again, judge = choose()
     assert again == first and "streams" not in vars(judge), "nothing is computed again"
     assert "quick" in vars(choose(ridge=0.5)[1]), "other maps cost something else"
+
+
+def choose_on_rank(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.save(choose_parts(folder), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def choose_parts(folder: Path) -> tuple[tuple[int | str, ...], int, int]:
+    """The units, how many costs are known, and how many maps this process fitted for that."""
+    model, windows = make_model("llama"), TokenWindows(make_ids(32, 32), "random")
+    held_out = TokenWindows(make_ids(8, 32, seed=1), "held out")
+    wanted = Recipe(base_model="tiny", parameters=0.8, parts=True, selection="kl")
+    judge = Judge(model, windows, held_out, measure_targets(model, held_out), wanted, kept_in=folder)
+    units = choose_blocks(wanted, measure_moments(model, windows), judge=lambda: judge)
+    return units, len(judge.costs), len(judge.maps)
+
+
+def test_ranks_look_at_candidates_side_by_side_and_choose_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(choose_on_rank, (2, tmp_path), nprocs=2)
+    (units, num_costs, num_maps), other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (tmp_path / "alone").mkdir()
+    assert (units, num_costs) == other[:2] == (alone := choose_parts(tmp_path / "alone"))[:2]
+    assert max(num_maps, other[2]) < alone[2], "each fits its share"
 
 
 def test_the_choice_of_one_is_brute_force(measured):

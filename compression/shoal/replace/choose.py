@@ -78,11 +78,9 @@ def _look_ahead(recipe: Recipe, judge: Judge, free: list[int], listen: Listener)
     judge.remember()
     if len(finalists) == 1 or recipe.fit == "independent":
         return name_units(finalists[0])
-    costs: list[float] = []
-    for done, places in enumerate(finalists):
-        listen("finalists", done, len(finalists))
-        costs.append(judge.cost_in_order(places))
-    listen("finalists", len(finalists), len(finalists))
+    listen("finalists", 0, 1)
+    costs = judge.read_in_order(finalists)
+    listen("finalists", 1, 1)
     return name_units(finalists[costs.index(min(costs))])
 
 

@@ -2,21 +2,26 @@
 
 To choose, maps are fitted on the dense model's own streams, and nothing is fitted again: that takes a fraction of the walk
 in order. What candidates share is kept: the dense streams at every place, the maps by their first and last place, and every
-cost that was asked for before. The walk, on few tokens, decides between the last few: refits help one set more than
-another (SmolLM2-135M, 4 blocks: 15–18 cost .242 and .183 after the walk, 12–15 .275 and .173), and on 8,192 tokens it puts
-them in the order that it has on 65,536.
+cost that was asked for before. The walk, on few tokens, decides between the last few, since refits help one set more than
+another (SmolLM2-135M, 4 blocks: 15–18 cost .242, and .183 after the walk, 12–15 .275 and .173); it puts them in the order
+that a walk on eight times the tokens does.
+
+Where there is a process group (`torch.distributed`), its ranks look at candidates side by side: all search alike, each
+finds its share of the costs, and all know all of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -40,6 +45,7 @@ MAX_FIT_TOKENS = 8_192
 # A first look at a candidate takes this many tokens of so many windows.
 QUICK_TOKENS, QUICK_WINDOWS = 512, 2
 
+T = TypeVar("T")
 Places = frozenset[int]
 Cross = Callable[[range, Stream], Stream]
 
@@ -71,7 +77,9 @@ class Judge:
         self.maps: dict[tuple[int, int], AffineMap] = {}
         stands_there = "nothing" if recipe.kind == "dropped" else f"map-{fingerprint([recipe.rank, recipe.ridge])}"
         self.file = kept_in and kept_in / f"costs-{stands_there}.json"
-        self.costs = _read_costs(self.file)
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        # One rank's: another trial may write the file while the ranks read it, and all must search alike.
+        self.costs = dict(self._gather([_read_costs(self.file)])[0])
 
     @cached_property
     def streams(self) -> list[Stream]:
@@ -89,18 +97,38 @@ class Judge:
         rows = enumerate(self.selection.ids.to(self.model.device))
         return [self._read(ids[None], slice(row, row + 1)) for row, ids in rows]
 
-    @torch.no_grad()
     def cost(self, places: Places, *, quick: bool = False) -> float:
-        """The mean divergence without the units at these places; `quick`, on a few of the tokens."""
-        if (places, quick) not in self.costs:
-            readings = self.quick if quick else self.whole
-            kl = torch.cat([self._read_kl(places, reading, self._cross).flatten() for reading in readings])
-            self.costs[places, quick] = float(kl.mean())
+        """The mean divergence without the units at these places; `quick`, on a few of the tokens. Every rank asks alike."""
+        self.read([places], quick=quick)
         return self.costs[places, quick]
 
+    def read(self, candidates: Iterable[Places], *, quick: bool = False) -> None:
+        """Finds the costs of all of these; every rank asks alike, and finds its share of them."""
+        unknown = sorted({places for places in candidates if (places, quick) not in self.costs}, key=sorted)
+        for found in self._gather([{c: self._find_cost(c, quick)} for c in unknown[self.rank :: self.world_size]]):
+            self.costs |= {(places, quick): cost for places, cost in found.items()}
+
+    def read_in_order(self, finalists: Sequence[Places]) -> list[float]:
+        """The mean divergence of each with the recipe's own kind in place, fitted in order on few tokens."""
+        own = range(self.rank, len(finalists), self.world_size)
+        costs = dict(self._gather([(index, self._find_cost_in_order(finalists[index])) for index in own]))
+        return [costs[index] for index in range(len(finalists))]
+
+    def _gather(self, own: list[T]) -> list[T]:
+        """What every rank has, the first rank's first."""
+        parts = [own] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(parts, own)
+        return [item for part in parts for item in part]
+
     @torch.no_grad()
-    def cost_in_order(self, places: Places) -> float:
-        """The mean divergence with the recipe's own kind in place, fitted in order on few tokens."""
+    def _find_cost(self, places: Places, quick: bool) -> float:
+        readings = self.quick if quick else self.whole
+        kl = torch.cat([self._read_kl(places, reading, self._cross).flatten() for reading in readings])
+        return float(kl.mean())
+
+    @torch.no_grad()
+    def _find_cost_in_order(self, places: Places) -> float:
         recipe = self.recipe
         fitted = fit_in_order(
             self.model, name_units(places), self.few, kind=recipe.kind, rank=recipe.rank, ridge=recipe.ridge,
@@ -118,7 +146,7 @@ class Judge:
 
     def remember(self) -> None:
         """Keeps the costs for choices that come after this one."""
-        if self.file:
+        if self.file and self.rank == 0:
             self.costs = _read_costs(self.file) | self.costs
             rows = [[sorted(places), quick, cost] for (places, quick), cost in self.costs.items()]
             write_text(self.file, json.dumps(rows))

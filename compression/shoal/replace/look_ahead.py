@@ -50,10 +50,12 @@ class LookAhead:
             raise ValueError(
                 f"all units that may go save {self.worth(everything):,.0f}, and {self.goal:,.0f} are asked for"
             )
-        for index, move in enumerate(self.moves):
+        for index in range(0, len(self.moves), self.judge.world_size):
             self.on_progress(index, 2 * len(self.moves))
-            self.singles[move] = self.judge.cost(move, quick=True)
+            self.judge.read(self.moves[index : index + self.judge.world_size], quick=True)
+        self.singles = {move: self.judge.cost(move, quick=True) for move in self.moves}
         starts = {self._grow(frozenset()), *self._list_best_runs(), *self._take_likely()}
+        self.judge.read(starts)
         best = min(starts, key=self.judge.cost)
         for swap in range(MAX_SWAPS):
             self.on_progress(len(self.moves) + swap * len(self.moves) // MAX_SWAPS, 2 * len(self.moves))
@@ -78,7 +80,9 @@ class LookAhead:
             gain = min(self.worth(candidate), self.goal) - reached
             return (self.judge.cost(candidate, quick=True) - before) / gain
 
-        return min((chosen | move for move in self._list_near(chosen) if self.worth(chosen | move) > reached), key=price)
+        candidates = [chosen | move for move in self._list_near(chosen) if self.worth(chosen | move) > reached]
+        self.judge.read(candidates, quick=True)
+        return min(candidates, key=price)
 
     def _take_likely(self) -> list[Places]:
         """What the other rule takes to reach the goal."""
@@ -109,7 +113,7 @@ class LookAhead:
                 if self._is_allowed(run) and self.worth(run) >= self.goal:
                     runs.append(run)
                     break
-        return sorted(runs, key=lambda run: self.judge.cost(run, quick=True))[:NUM_RUNS]
+        return self._list_cheapest(runs)[:NUM_RUNS]
 
     def _is_allowed(self, places: Places) -> bool:
         """Whether the set is a union of moves."""
@@ -125,17 +129,25 @@ class LookAhead:
             spare = [fewer for fewer in self._list_fewer(chosen) if self.worth(fewer) >= self.goal]
             if not spare:
                 return chosen
-            chosen = min(spare, key=lambda s: self.judge.cost(s, quick=True))
+            chosen = self._list_cheapest(spare)[0]
 
     def _swap(self, chosen: Places) -> Places:
         """The set itself, or a cheaper one with a unit for another."""
-        relief = sorted(filter(None, self._list_fewer(chosen)), key=lambda s: self.judge.cost(s, quick=True))[:NUM_WHOLE]
+        relief = self._list_cheapest(filter(None, self._list_fewer(chosen)))[:NUM_WHOLE]
         candidates = set[Places]()
         for base in relief:
             reaching = [c for m in self._list_near(base) if self.worth(c := base | m) >= self.goal and c != chosen]
             candidates |= set(reaching)
-        finalists = sorted(candidates, key=lambda c: self.judge.cost(c, quick=True))[:NUM_WHOLE]
-        return min([chosen, *finalists], key=self.judge.cost)
+        close = self._list_cheapest(candidates)[:NUM_WHOLE]
+        self.judge.read(close)
+        return min([chosen, *close], key=self.judge.cost)
+
+    def _list_cheapest(self, candidates: Iterable[Places]) -> list[Places]:
+        """The cheapest at a quick look first."""
+        # In an order of their own: sets come in another one in every process.
+        ordered = sorted(candidates, key=sorted)
+        self.judge.read(ordered, quick=True)
+        return sorted(ordered, key=lambda places: self.judge.cost(places, quick=True))
 
 
 def list_moves(blocks: Iterable[int], apart: Iterable[int]) -> list[Places]:

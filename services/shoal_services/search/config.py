@@ -182,27 +182,9 @@ class SearchConfig(Value):
             loss = LossWeights(**{name: values[name] for name in LossWeights.model_fields})
             own = {name: values[name] for name in Distillation.model_fields if name in values}
             settings = Distillation(num_tokens=values["distillation_tokens"], loss=loss, **own)
-        shared = {
-            name: values[name]
-            for name in (
-                "num_replaced",
-                "parameters",
-                "kv_cache",
-                "parts",
-                "selection",
-                "fit",
-                "refit",
-                "ridge",
-                "weight_share",
-                "sparsity",
-                "seed",
-            )
-        }
-        return Recipe.model_validate(
-            {"base_model": self.model, "revision": self.revision, "dtype": self.dtype, "kind": kind, "rank": rank}
-            | shared
-            | {"distillation": settings}
-        )
+        shared = {name: values[name] for name in Recipe.model_fields if name in values}
+        own = {"base_model": self.model, "revision": self.revision, "dtype": self.dtype, "kind": kind, "rank": rank}
+        return Recipe.model_validate(shared | own | {"distillation": settings})
 
     def trial_key(self, assignment: dict[str, Any]) -> str:
         """The name of a trial: equal for equal recipes, so that none is made twice."""

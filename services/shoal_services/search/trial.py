@@ -153,11 +153,12 @@ class Trial:
     def _fit_once(
         self, recipe: Recipe, model: PreTrainedModel, corpus: Corpus, preparation: Preparation
     ) -> tuple[Recipe, Replacement]:
-        """The replacement from `fits/`, put there by rank 0 of the first trial that needs it."""
+        """The replacement from `fits/`, put there by the first trial that needs it: all ranks choose, rank 0 fits."""
         file = self.folder.fits / f"{_fit_key(recipe)}.safetensors"
-        if self.is_writer and not file.exists():
+        if tell(not file.exists()):
             chosen = choose(recipe, model, corpus, preparation, kept_in=self.folder.fits, listen=self.listen)
-            fit(chosen, model, corpus.calibration, preparation.moments, listen=self.listen).save(file)
+            if self.is_writer:
+                fit(chosen, model, corpus.calibration, preparation.moments, listen=self.listen).save(file)
         wait_for(file)  # hours, with a large model
         replacement = Replacement.load(file)
         return recipe.model_copy(update={"blocks": replacement.units, "num_replaced": len(replacement.units)}), replacement
