@@ -15,7 +15,7 @@ from shoal.recipe import Distillation
 from shoal.replace.maps import linear_blocks
 from shoal_services.cli import app
 from shoal_services.search.config import load_config
-from shoal_services.search.phases import bytes_per_step, sharded_bytes_per_step
+from shoal_services.search.phases import bytes_per_step, reached_64, sharded_bytes_per_step
 from shoal_services.search.plan import plan_search
 from typer.testing import CliRunner
 
@@ -74,6 +74,18 @@ def test_more_accelerators_are_faster_until_every_trial_has_its_own(search):
     assert plans[-1].concurrent_trials == search.num_trials
     assert all(plan.low_seconds < plan.seconds < plan.high_seconds for plan in plans)
     assert plans[0].trial_seconds == pytest.approx(plans[-1].trial_seconds)
+
+
+def test_choices_and_solves_are_counted_where_they_are_made(search):
+    shape = SHAPES["llama-3.1-8b"]
+
+    def phases(**space) -> dict[str, float]:
+        config = search.model_copy(update={"space": search.space.model_copy(update=space)})
+        return {phase.name: phase.seconds for phase in plan_search(config, shape, H100, 8).phases}
+
+    assert "choose" in phases() and "choose" not in phases(selection="linearity")
+    solved, plain = phases(refit=True), phases(refit=False)
+    assert solved["fit"] - plain["fit"] > 0.7 * shape.solve_operations() / reached_64(H100)
 
 
 def test_larger_models_need_more_of_everything(search):

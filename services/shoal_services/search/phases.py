@@ -20,6 +20,9 @@ from shoal_services.search.config import SearchConfig
 TRAINED_BYTES = 16
 RUNTIME_BYTES = 2e9  # CUDA context, kernels' work space and fragmentation: an allowance, not measured
 FIT_BATCH = 8
+# Of a choice by KL (see `shoal.replace.judge`): a hundred quick looks at 1,024 tokens through three fifths of the model,
+# three walks of 8,192 by two streams; and the tokens whose streams it keeps.
+CHOICE_TOKENS, KEPT_TOKENS = 120_000, 9_216
 # The block that is computed, and the next, which is on its way.
 GATHERED_BLOCKS = 2
 # What a worker reads from storage: an assumption, for NVMe or a parallel file system.
@@ -48,9 +51,10 @@ class TrialWork:
     streamed: bool
 
     def phases(self) -> list[Phase]:
-        """Fit, distillation and evaluation. The first and the last are one worker's; the others wait."""
-        middle = [] if self.recipe.distillation is None else [self.distil()]
-        return [self.fit(), *middle, self.evaluate()]
+        """Choice, fit, distillation and evaluation. The fit and the last are one worker's; the others wait."""
+        is_chosen = self.recipe.replaces_blocks and self.recipe.settle(streamed=self.streamed).selection == "kl"
+        first = [self.choose(), self.fit()] if is_chosen else [self.fit()]
+        return [*first, *([] if self.recipe.distillation is None else [self.distil()]), self.evaluate()]
 
     @property
     def memory(self) -> float:
@@ -92,6 +96,13 @@ class TrialWork:
         """Of a model whose blocks are on disk: one of them, and what is outside."""
         return (self.shape.block_parameters + self.shape.outer_parameters) * self.dtype_bytes
 
+    def choose(self) -> Phase:
+        """A choice by KL that shares with no other trial; it keeps the dense streams at every place of what it reads."""
+        shape, selection = self.shape, self.config.texts.selection_tokens
+        seconds = self._seconds((CHOICE_TOKENS + 7 * selection) * shape.forward_operations(self.config.texts.window))
+        streams = (KEPT_TOKENS + selection) * (2 * shape.num_blocks + 1) * shape.width * self.dtype_bytes
+        return Phase("choose", seconds, self.dense_bytes + streams + RUNTIME_BYTES)
+
     def fit(self) -> Phase:
         """The walk: the teacher's blocks, the student's, and the sums for `down_proj` with a solve for each block."""
         shape, tokens = self.shape, self.config.texts.find_calibration_tokens(self.shape.width)
@@ -107,9 +118,8 @@ class TrialWork:
             streams = tokens * 4 * shape.width * self.dtype_bytes
             operations += tokens * shape.forward_operations(self.config.texts.window)
         held = self.streamed_bytes if self.streamed else self.dense_bytes
-        return Phase(
-            "fit", self._seconds(operations) + self._reading(self.dense_bytes), held + streams + sums + RUNTIME_BYTES
-        )
+        seconds += self._seconds(operations) + self._reading(self.dense_bytes)
+        return Phase("fit", seconds, held + streams + sums + RUNTIME_BYTES)
 
     def distil(self) -> Phase:
         settings = self.recipe.distillation
