@@ -51,25 +51,30 @@ class LookAhead:
                 f"all units that may go save {self.worth(everything):,.0f}, and {self.goal:,.0f} are asked for"
             )
         for index in range(0, len(self.moves), self.judge.world_size):
-            self.on_progress(index, 2 * len(self.moves))
+            self._tell(index / len(self.moves))
             self.judge.read(self.moves[index : index + self.judge.world_size], quick=True)
         self.singles = {move: self.judge.cost(move, quick=True) for move in self.moves}
         starts = {self._grow(frozenset()), *self._list_best_runs(), *self._take_likely()}
         self.judge.read(starts)
         best = min(starts, key=self.judge.cost)
         for swap in range(MAX_SWAPS):
-            self.on_progress(len(self.moves) + swap * len(self.moves) // MAX_SWAPS, 2 * len(self.moves))
+            self._tell(2 + swap / MAX_SWAPS)
             better = self._swap(best)
             if better == best:
                 break
             best = better
-        self.on_progress(2 * len(self.moves), 2 * len(self.moves))
+        self._tell(3)
         others = sorted(starts - {best}, key=self.judge.cost)[: NUM_FINALISTS - 1]
         return [best, *(other for other in others if self.judge.cost(other) <= MAX_WORSE * self.judge.cost(best))]
+
+    def _tell(self, done: float) -> None:
+        """How much is done of the three thirds: single moves, growth, swaps."""
+        self.on_progress(round(100 * done), 300)
 
     def _grow(self, chosen: Places) -> Places:
         """Adds what costs least for what it saves, until the goal is reached."""
         while self.worth(chosen) < self.goal:
+            self._tell(1 + self.worth(chosen) / self.goal)
             chosen = self._step(chosen)
         return self._shrink(chosen)
 
