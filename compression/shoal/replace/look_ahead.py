@@ -21,9 +21,9 @@ from shoal.units import find_runs, list_places, name_units
 
 # Candidates that a step looks at quickly beside those next to a run, and of swaps those that are read whole.
 NUM_QUICK, NUM_WHOLE = 8, 3
-NUM_RUNS = 2
+NUM_RUNS = 3
 # Finalists cost at most so many times as much as the best of them.
-NUM_FINALISTS, MAX_WORSE = 3, 1.25
+NUM_FINALISTS, MAX_WORSE = 4, 1.25
 MAX_SWAPS = 4
 
 

@@ -21,8 +21,8 @@ TRAINED_BYTES = 16
 RUNTIME_BYTES = 2e9  # CUDA context, kernels' work space and fragmentation: an allowance, not measured
 FIT_BATCH = 8
 # Of a choice by KL (see `shoal.replace.judge`): a hundred quick looks at 1,024 tokens through three fifths of the model,
-# three walks of 8,192 by two streams; and the tokens whose streams it keeps.
-CHOICE_TOKENS, KEPT_TOKENS = 120_000, 9_216
+# four walks of 8,192 by two streams; and the tokens whose streams it keeps.
+CHOICE_TOKENS, KEPT_TOKENS = 136_000, 9_216
 # The block that is computed, and the next, which is on its way.
 GATHERED_BLOCKS = 2
 # What a worker reads from storage: an assumption, for NVMe or a parallel file system.
