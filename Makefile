@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo         set up, and search the frontier of SmolLM2-135M (a quarter of an hour on two cores with bfloat16)"
+	@echo "make demo         set up, and search the frontier of SmolLM2-135M (an hour on two cores, less with bfloat16)"
 	@echo "make test         set up, and run linter, type check and fast tests"
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make gpu-check    the tests that need a GPU (set up with TORCH=torch for a build with CUDA)"
