@@ -116,12 +116,12 @@ def test_stages_are_heard_and_timed(tiny_random, texts, tmp_path):
     heard: list[tuple[str, int, int]] = []
     recipe = Recipe(base_model=tiny_random, num_replaced=1, distillation=DISTILLATION)
     point = compress(recipe, tmp_path / "out", texts=texts, listen=lambda *call: heard.append(call))
-    assert list(dict.fromkeys(stage for stage, _, _ in heard)) == [
+    # Of one finalist nothing has to be heard.
+    assert list(dict.fromkeys(stage for stage, _, _ in heard if stage != "finalists")) == [
         "load",
         "moments",
         "dense model",
         "choose",
-        "finalists",
         "fit",
         "distil",
         "evaluate",

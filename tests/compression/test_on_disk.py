@@ -138,7 +138,7 @@ def compressed(tmp_path_factory, tiny_random):
         train=str(train), evaluation=str(held_out), window=64, calibration_tokens=2048, evaluation_tokens=256,
         selection_tokens=128,
     )  # fmt: skip
-    recipe = Recipe(base_model=tiny_random, num_replaced=2, dtype="float32")
+    recipe = Recipe(base_model=tiny_random, num_replaced=2, selection="linearity", dtype="float32")
     return [
         (folder / name, compress(recipe, folder / name, texts=texts, streamed=streamed))
         for name, streamed in (("whole", False), ("streamed", True))

@@ -84,7 +84,8 @@ def test_an_unknown_key_names_the_nearest_one(tmp_path, data, unknown, nearest):
 
 def test_an_unknown_key_that_is_near_to_none_names_them_all(tmp_path):
     with pytest.raises(
-        ValueError, match=r"unknown key 'space\.zzz' in mine\.yaml; known keys: num_replaced, parameters, parts, kind"
+        ValueError,
+        match=r"unknown key 'space\.zzz' in mine\.yaml; known keys: num_replaced, parameters, kv_cache, parts, kind",
     ):
         load(tmp_path, make_data({"zzz": 1}))
 

@@ -12,7 +12,7 @@ DISTILLED = {"num_tokens": 4096, "learning_rate": 1e-4, "trained": "maps"}
 
 
 def curve_point(num_replaced: int, perplexity: float, **recipe):
-    values = {"kind": "linear", **recipe}
+    values = {"kind": "linear", "selection": "linearity", **recipe}
     return make_point(100_000_000, perplexity, num_replaced=num_replaced, blocks=range(1, num_replaced + 1), **values)
 
 

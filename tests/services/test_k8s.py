@@ -535,7 +535,7 @@ MISTAKES: list[tuple[str, Callable[[Objects], object], str, str]] = [
         "capacity",
         "needs 16 CPUs, and a worker pod has 1",
     ),
-    ("a search that is wrong", set_search("num_trials: 8", "num_trial: 8"), "capacity", "num_trial"),
+    ("a search that is wrong", set_search("num_trials: 4", "num_trial: 4"), "capacity", "num_trial"),
     (
         "a config that is not mounted",
         lambda o: container_of(o, SEARCH)["volumeMounts"].pop(),

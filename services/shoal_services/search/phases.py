@@ -52,7 +52,7 @@ class TrialWork:
 
     def phases(self) -> list[Phase]:
         """Choice, fit, distillation and evaluation. The fit and the last are one worker's; the others wait."""
-        is_chosen = self.recipe.replaces_blocks and self.recipe.settle(streamed=self.streamed).selection == "kl"
+        is_chosen = self.recipe.replaces_blocks and self.recipe.selection == "kl" and not self.streamed
         first = [self.choose(), self.fit()] if is_chosen else [self.fit()]
         return [*first, *([] if self.recipe.distillation is None else [self.distil()]), self.evaluate()]
 

@@ -99,7 +99,7 @@ class Trial:
             model = load_model(
                 self.config.model, revision=self.config.revision, dtype=self.config.dtype, device=device, streamed=streamed
             )
-        recipe = self.config.make_recipe(self.assignment).settle(streamed=self.config.run.streamed)
+        recipe = self.config.make_recipe(self.assignment)
         recipe = recipe.model_copy(update={"weights_sha256": (self.folder.prepared / "weights.sha256").read_text()})
         recipe = name_inputs(recipe, model, corpus)
         with self.watch.time("fit"):
