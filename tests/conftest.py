@@ -12,6 +12,9 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 # As in an activated environment: a job of the shared Ray runs the command `shoal`.
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
 
+# Ray's workers know the modules beside this one too.
+os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path

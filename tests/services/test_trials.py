@@ -16,7 +16,6 @@ import psutil
 import pytest
 import ray.train
 import ray.tune
-import torch.distributed as dist
 import yaml
 from conftest import make_point
 from searches import Search, end_tree, wait_until, write_search
@@ -25,7 +24,6 @@ from shoal_services.search.config import SearchConfig
 from shoal_services.search.folder import RunFolder, TrialResult
 from shoal_services.search.searcher import PointSearcher
 from shoal_services.training.progress_file import read_progress
-from shoal_services.training.ranks import end_all
 from shoal_services.training.train import run_workers
 from shoal_services.training.tune import tune_trials
 from shoal_services.training.workers import Workers
@@ -178,18 +176,10 @@ def test_a_full_tmpdir_fails_no_trial(make_search, tmp_path):
     assert [(r.status, r.faults) for r in search.folder.read_results()] == [("finished", ())], search.errors()
 
 
-def lose_a_rank(job: dict[str, Any]) -> None:
-    """Rank 1 meets an error that is the trial's, while rank 0 waits for it in a collective."""
-    folder = RunFolder(Path(job["root"]))
-    if ray.train.get_context().get_world_rank() == 0:
-        dist.barrier()
-        return
-    result = TrialResult(key=job["key"], assignment={}, status="failed", reason="rank 1 has no such file")
-    end_all(functools.partial(folder.write_result, result), ValueError(result.reason))
-
-
 def drive(config: dict[str, Any], job: dict[str, Any]) -> None:
-    run_workers(lose_a_rank, job, Workers(num_workers=2, cpus_per_worker=0.5), RunFolder(Path(job["root"])), "one", {})
+    run_workers(
+        "ranks:lose_a_rank", job, Workers(num_workers=2, cpus_per_worker=0.5), RunFolder(Path(job["root"])), "one", {}
+    )
 
 
 class Quiet(ray.tune.Callback):
@@ -204,7 +194,7 @@ class Quiet(ray.tune.Callback):
 def test_ranks_do_not_wait_for_one_that_failed(ray_cluster, tmp_path):
     started = time.monotonic()
     (tmp_path / "trials").mkdir()
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not know the folder of tests
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     space = {"assignment": ray.tune.grid_search([{}])}
     tune_trials(drive, {"root": str(tmp_path)}, space, Quiet(), ray.tune.TuneConfig(max_concurrent_trials=1))
     assert RunFolder(tmp_path).read_result("one").reason == "rank 1 has no such file"
