@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import make_ids, make_model, write_prose
 from shoal.checkpoints.load import load_model, load_tokenizer
-from shoal.compression import compress
+from shoal.compression import compress, replace
 from shoal.distil.run import DistillationRun
 from shoal.distil.teacher import Lesson
 from shoal.large.shard import is_sharded
@@ -44,12 +44,6 @@ HELD_OUT = TokenWindows(make_ids(8, 32, seed=1), "held out")
 def pair(model) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A tiny model of each family in turn: on the processor, and on the accelerator."""
     return model, copy.deepcopy(model).cuda()
-
-
-def replace(model: PreTrainedModel, replacement: Replacement) -> PreTrainedModel:
-    student = copy.deepcopy(model)
-    apply_replacement(student, replacement)
-    return student
 
 
 @torch.no_grad()

@@ -69,6 +69,11 @@ def make_skeleton(name: str, *, revision: str | None = None, dtype: torch.dtype 
         raise ValueError(f"cannot load model {name!r}: {explain(error)}") from error
 
 
+def count_bytes(model: PreTrainedModel) -> int:
+    """What the model's weights take, tied ones once."""
+    return sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+
+
 def is_memory_short(name: str, *, revision: str | None = None, dtype: str | None = None, num_copies: int = 1) -> bool:
     """Whether this machine's free memory would not hold that many copies of the model and its moments.
 
@@ -81,7 +86,7 @@ def is_memory_short(name: str, *, revision: str | None = None, dtype: str | None
         return False
     device = choose_device()
     skeleton = make_skeleton(name, revision=revision, dtype=read_dtype(dtype, device))
-    weights = sum(p.nbytes for p in {id(p): p for p in skeleton.parameters()}.values())
+    weights = count_bytes(skeleton)
     text = skeleton.config.get_text_config(decoder=True)
     # Four sets of two float64 matrices a block (see `shoal.linearity.moments`).
     return num_copies * weights + 64 * text.num_hidden_layers * text.hidden_size**2 > find_free_bytes(device)

@@ -105,8 +105,9 @@ class Judge:
     def read(self, candidates: Iterable[Places], *, quick: bool = False) -> None:
         """Finds the costs of all of these; every rank asks alike, and finds its share of them."""
         unknown = sorted({places for places in candidates if (places, quick) not in self.costs}, key=sorted)
-        for found in self._gather([{c: self._find_cost(c, quick)} for c in unknown[self.rank :: self.world_size]]):
-            self.costs |= {(places, quick): cost for places, cost in found.items()}
+        own = unknown[self.rank :: self.world_size]
+        for places, cost in self._gather([(places, self._find_cost(places, quick)) for places in own]):
+            self.costs[places, quick] = cost
 
     def read_in_order(self, finalists: Sequence[Places]) -> list[float]:
         """The mean divergence of each with the recipe's own kind in place, fitted in order on few tokens."""

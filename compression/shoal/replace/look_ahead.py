@@ -8,7 +8,7 @@ best as long as that helps. Annealing for 90 s on a GPU found nothing cheaper (S
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 from torch import nn
@@ -41,7 +41,6 @@ class LookAhead:
     goal: float
     likely: Sequence[Places] = ()
     on_progress: Callable[[int, int], None] = lambda _done, _total: None
-    singles: dict[Places, float] = field(default_factory=dict)
 
     def find(self) -> list[Places]:
         """Sets that reach the goal, the cheapest first, a few. Raises ValueError if no set reaches it."""
@@ -53,7 +52,6 @@ class LookAhead:
         for index in range(0, len(self.moves), self.judge.world_size):
             self._tell(index / len(self.moves))
             self.judge.read(self.moves[index : index + self.judge.world_size], quick=True)
-        self.singles = {move: self.judge.cost(move, quick=True) for move in self.moves}
         starts = {self._grow(frozenset()), *self._list_best_runs(), *self._take_likely()}
         self.judge.read(starts)
         best = min(starts, key=self.judge.cost)
@@ -94,15 +92,15 @@ class LookAhead:
         chosen = frozenset[int]()
         for move in self.likely:
             if self.worth(chosen) >= self.goal:
-                return [chosen]
+                break
             chosen |= move
-        return [chosen] if chosen and self.worth(chosen) >= self.goal else []
+        return [chosen] if self.worth(chosen) >= self.goal else []
 
     def _list_near(self, chosen: Places) -> list[Places]:
         """The moves worth a look: those next to a run, and the cheapest by themselves for what they save."""
         left = [move for move in self.moves if not move <= chosen]
         near = [m for m in left if chosen & {min(m) - 1, max(m) + 1} or m & chosen]
-        by_price = sorted(left, key=lambda move: self.singles[move] / max(self.worth(move), 1e-9))
+        by_price = sorted(left, key=lambda move: self.judge.cost(move, quick=True) / max(self.worth(move), 1e-9))
         return list(dict.fromkeys([*near, *by_price[:NUM_QUICK]]))
 
     def _list_best_runs(self) -> list[Places]:

@@ -289,11 +289,11 @@ def _parse_share(option: str, text: str | None) -> float | None:
 
 def _find_share(megabytes: float, model: str, revision: str | None, dtype: str | None) -> float:
     """The share of its parameters that makes a model so large. Raises ValueError for what it is not larger than."""
-    from shoal.checkpoints.config import make_skeleton
+    from shoal.checkpoints.config import count_bytes, make_skeleton
     from shoal.checkpoints.device import choose_device, read_dtype
 
     skeleton = make_skeleton(model, revision=revision, dtype=read_dtype(dtype, choose_device()))
-    dense = sum(p.nbytes for p in {id(p): p for p in skeleton.parameters()}.values()) / 1e6
+    dense = count_bytes(skeleton) / 1e6
     if not 0 < megabytes < dense:
         raise ValueError(f"--megabytes {megabytes:g}: the dense model takes {dense:.0f} MB; give less than that")
     return megabytes / dense

@@ -183,9 +183,9 @@ class SearchConfig(Value):
             own = {name: values[name] for name in Distillation.model_fields if name in values}
             settings = Distillation(num_tokens=values["distillation_tokens"], loss=loss, **own)
         shared = {name: values[name] for name in Recipe.model_fields if name in values}
-        own = {"base_model": self.model, "revision": self.revision, "dtype": self.dtype, "kind": kind, "rank": rank}
+        fixed = {"base_model": self.model, "revision": self.revision, "dtype": self.dtype, "kind": kind, "rank": rank}
         # Settled here, so that the key of a trial says by which rule its blocks are chosen.
-        return Recipe.model_validate(shared | own | {"distillation": settings}).settle(streamed=self.run.streamed)
+        return Recipe.model_validate(shared | fixed | {"distillation": settings}).settle(streamed=self.run.streamed)
 
     def trial_key(self, assignment: dict[str, Any]) -> str:
         """The name of a trial: equal for equal recipes, so that none is made twice."""

@@ -228,18 +228,8 @@ class Trial:
 def _fit_key(recipe: Recipe) -> str:
     """Equal for recipes that have the same replacement before distillation."""
     fields = {
-        "num_replaced",
-        "parameters",
-        "kv_cache",
-        "parts",
-        "blocks",
-        "kind",
-        "rank",
-        "selection",
-        "fit",
-        "refit",
-        "ridge",
-    }
+        "num_replaced", "parameters", "kv_cache", "parts", "blocks", "kind", "rank", "selection", "fit", "refit", "ridge"
+    }  # fmt: skip
     return fingerprint(recipe.model_dump(mode="json", include=fields))
 
 
